@@ -1,0 +1,324 @@
+"""Thin blood smears, drawn: data that anyone has, with labels that are certain.
+
+    python smears.py OUT                          200 images of 640x480 in OUT/smears, their cells in OUT/cells.csv
+    python smears.py OUT --images 50 --seed 1     fewer, of other patients
+
+The drawing goes the way the light goes:
+    1. a cell is a shape (signed distance to its outline) and a thickness: one short function for each class;
+    2. stain turns thickness into optical density, and densities that lie on top of each other add up;
+    3. light passes: intensity = background * exp(-density)  (Beer-Lambert), then optics, sensor and JPEG spoil it.
+The classes are told apart by shape and by where the haemoglobin lies, never by colour: every laboratory ("source")
+has every class in the same proportions, and the stain varies from patient to patient and from cell to cell.
+Sizes and frequencies are our choice, after looking at real smears (Chula RBC-12); they are not a clinical model.
+"""
+import argparse
+import csv
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+WIDTH, HEIGHT = 640, 480
+RADIUS = 22.0   # of a normal cell, in pixels: 40-50 wide as in Chula RBC-12, i.e. 7.5 micrometres at 1000x
+MARGIN = 40     # a cell whose centre is nearer to the border is drawn but not labelled: its 80-pixel crop is cut
+PER_PATIENT = 4  # images of one patient (column `group`): same slide, same stain; never split them
+
+
+# ------------------------------------------------------------------------------------------------ 1. the cells
+# Each function takes coordinates u, v [h, w] in units of a normal cell's radius, with the cell's centre at 0, and
+# the cell's own random stream. It returns (inside, haemoglobin, azure), each [h, w]: `inside` is positive in the
+# cell and falls to 0 at its outline (only its zero and its slope count), the other two are how much of each dye lies
+# there. Romanowsky stains are two dyes in one: eosin (pink) binds haemoglobin, azure (blue-violet) nucleic acids.
+# All numbers are drawn from ranges, so that a class is a continuum with borderline cells, as in life.
+
+def pallor(q, depth):
+    """Relative thickness of a dimpled disc: 1 - depth in the middle, 1 outside; q = 1 is the dimple's edge."""
+    return 1 - depth * np.exp(-np.square(np.square(q)))
+
+
+def union(a, b, soft=0.08):
+    """Two shapes melted into one: a maximum without the crease."""
+    return soft * np.logaddexp(a / soft, b / soft)
+
+
+def normal(u, v, rng):
+    """Discocyte: a biconcave disc, thin in the middle, hence a pale centre of about a third of the diameter."""
+    r = np.hypot(u, v) / rng.uniform(0.88, 1.1)
+    off = rng.normal(0, 0.05, 2)  # the dimple is rarely quite in the middle
+    return 1 - r, pallor(np.hypot(u - off[0], v - off[1]) / rng.uniform(0.28, 0.48), rng.uniform(0.3, 0.7)), 0 * r
+
+
+def spherocyte(u, v, rng):
+    """Lost membrane, kept haemoglobin (hereditary spherocytosis, immune haemolysis): a small ball, no pallor."""
+    r = np.hypot(u, v) / rng.uniform(0.72, 0.92)
+    return 1 - r, 0.95 + 0.25 * np.sqrt(np.maximum(1 - r * r, 0)), 0 * r
+
+
+def target(u, v, rng):
+    """Codocyte: too much membrane for its content (thalassaemia, liver disease) folds up into a bull's-eye."""
+    r = np.hypot(u, v) / rng.uniform(0.9, 1.12)
+    ring, width = rng.uniform(0.42, 0.55), rng.uniform(0.13, 0.18)
+    return 1 - r, 1 - rng.uniform(0.4, 0.7) * np.exp(-np.square((r - ring) / width)), 0 * r
+
+
+def elliptocyte(u, v, rng):
+    """A skeleton that does not spring back after the capillaries (hereditary elliptocytosis): an ellipse or a rod."""
+    ratio, size = rng.uniform(1.45, 2.3), rng.uniform(0.85, 1.05)
+    q = np.hypot(u / np.sqrt(ratio), v * np.sqrt(ratio)) / size
+    return 1 - q, pallor(q / rng.uniform(0.3, 0.5), rng.uniform(0.0, 0.6)), 0 * q
+
+
+def teardrop(u, v, rng):
+    """Dacrocyte: squeezed out of a scarred marrow (myelofibrosis), it keeps one drawn-out tail."""
+    u = u + 0.25
+    v = v + rng.uniform(-0.15, 0.15) * u * u
+    size, tip = rng.uniform(0.7, 0.88), rng.uniform(1.5, 2.1)
+    tail = rng.uniform(0.4, 0.6) * np.maximum(1 - u / tip, 0) ** rng.uniform(1.0, 1.8) + 0.04 - np.abs(v)
+    r = np.hypot(u, v)
+    inside = union(size - r, np.minimum(np.minimum(tail, u), tip - u), 0.05)
+    return inside, pallor(r / rng.uniform(0.25, 0.45), rng.uniform(0.0, 0.65)), 0 * r
+
+
+def sickle(u, v, rng):
+    """Haemoglobin S polymerises without oxygen and its fibres stretch the cell into a dense crescent, pointed at both ends."""
+    length, width = rng.uniform(1.2, 1.6), rng.uniform(0.32, 0.46)
+    v = v - rng.uniform(0.2, 0.5) * u * u  # bends the spindle, and leaves its middle at the centre
+    inside = width * np.maximum(1 - np.square(u / length), -1) - np.abs(v)
+    return inside, np.full_like(u, rng.uniform(0.85, 1.15)), 0 * u
+
+
+def burr(u, v, rng):
+    """Echinocyte: 10-30 short, even spicules all round (uraemia, or a slide that waited too long)."""
+    size, count, phase = rng.uniform(0.85, 1.05), rng.integers(10, 23), rng.uniform(0, 2 * np.pi)  # > 22 blurs away
+    theta, r = np.arctan2(v, u), np.hypot(u, v)
+    wave = np.cos(count * theta + phase + 0.9 * np.sin(2 * theta + phase))  # the sine: not quite regular
+    outline = size * (1 + rng.uniform(0.05, 0.1) * (0.5 + 0.5 * wave) ** 1.5)
+    return outline - r, pallor(r / rng.uniform(0.25, 0.5), rng.uniform(0.1, 0.65)), 0 * r
+
+
+def ring(u, v, rng):
+    """Malaria, ring form: a young Plasmodium in a normal cell, a thin blue ring of cytoplasm with one chromatin dot."""
+    inside, haemoglobin, azure = normal(u, v, rng)
+    for _ in range(1 + (rng.random() < 0.15)):  # two in one cell speak for P. falciparum
+        at, where = rng.uniform(0.0, 0.55), rng.uniform(0, 2 * np.pi)
+        pu, pv = u - at * np.cos(where), v - at * np.sin(where)
+        size, width, dot = rng.uniform(0.19, 0.27), rng.uniform(0.05, 0.08), rng.uniform(0, 2 * np.pi)
+        azure = azure + rng.uniform(0.5, 0.8) * np.exp(-np.square((np.hypot(pu, pv) - size) / width))
+        dot = np.hypot(pu - size * np.cos(dot), pv - size * np.sin(dot))
+        azure = azure + rng.uniform(1.3, 2.0) * np.exp(-np.square(dot / rng.uniform(0.08, 0.12)))
+    return inside, haemoglobin, azure
+
+
+def stomatocyte(u, v, rng):
+    """A cup seen from above: the pallor is a slit, a mouth (liver disease, alcohol, or slow drying)."""
+    r = np.hypot(u, v) / rng.uniform(0.88, 1.1)
+    q = np.hypot(u / rng.uniform(0.45, 0.62), (v + rng.uniform(-0.2, 0.2) * u * u) / rng.uniform(0.1, 0.17))
+    return 1 - r, pallor(q, rng.uniform(0.45, 0.75)), 0 * r
+
+
+def schistocyte(u, v, rng):
+    """A cell cut by fibrin in small vessels (TTP, DIC, a heart valve): a fragment with corners or horns, no pallor."""
+    size = rng.uniform(0.8, 1.0)
+    r = np.hypot(u, v + 0.3)
+    if rng.random() < 0.5:  # helmet: a bite leaves two horns
+        cut = np.hypot(u - rng.uniform(-0.3, 0.3), v - rng.uniform(0.75, 0.95)) - rng.uniform(0.5, 0.7)
+    else:  # triangle: two straight cuts
+        a, b = rng.uniform(0.5, 0.8, 2)
+        cut = np.minimum(0.35 - np.sin(a) * v - np.cos(a) * u, 0.35 - np.sin(b) * v + np.cos(b) * u)
+    return np.minimum(size - r, cut), np.full_like(u, rng.uniform(0.8, 1.1)), 0 * u
+
+
+CLASSES = {  # function, share of all cells in every source alike, how far it reaches in radii
+    "normal": (normal, 0.46, 1.4), "spherocyte": (spherocyte, 0.06, 1.2), "target": (target, 0.06, 1.4),
+    "elliptocyte": (elliptocyte, 0.06, 1.8), "teardrop": (teardrop, 0.06, 2.2), "sickle": (sickle, 0.06, 2.1),
+    "burr": (burr, 0.06, 1.4), "ring": (ring, 0.06, 1.4), "stomatocyte": (stomatocyte, 0.06, 1.4),
+    "schistocyte": (schistocyte, 0.06, 1.4),
+}
+
+
+# What else is on a slide, never labelled: it lies beside the cells and on them, in the colour of a parasite.
+
+def platelet(u, v, rng):
+    """A violet, granular crumb of 2-3 micrometres; on a red cell it is the classic false malaria."""
+    r = np.hypot(u * rng.uniform(0.8, 1.25), v)
+    grain = 0.5 + 0.5 * np.cos(9 * u + rng.uniform(0, 6)) * np.cos(9 * v + rng.uniform(0, 6))
+    return 1 - r + 0.1 * np.cos(5 * np.arctan2(v, u)), 0.25 + 0 * r, (0.5 + 0.8 * grain) * np.exp(-r * r)
+
+
+def neutrophil(u, v, rng):
+    """A white cell of 12-15 micrometres: pale granular plasma, a nucleus of three to five lobes on a thread."""
+    r, angle, nucleus = np.hypot(u, v), rng.uniform(0, 6), -np.ones_like(u)
+    for _ in range(rng.integers(3, 6)):
+        lobe = rng.uniform(0.22, 0.32) - np.hypot(u - 0.42 * np.cos(angle), v - 0.42 * np.sin(angle))
+        nucleus, angle = union(nucleus, lobe, 0.06), angle + rng.uniform(0.9, 1.4)
+    return 1 - r, 0.3 + 0 * r, 0.15 + 1.7 / (1 + np.exp(-nucleus / 0.03))
+
+
+# ------------------------------------------------------------------------------------------------ 2. the sources
+
+@dataclass(frozen=True)
+class Source:
+    """A laboratory: what its stain, microscope and camera do to every image."""
+    name: str
+    light: tuple      # colour of the empty background, RGB in 0..1: lamp and white balance
+    eosin: tuple      # optical density of a normal cell, RGB: the buffer's pH decides between pink and grey-blue
+    azure: tuple      # optical density of a nucleus, RGB
+    scale: float      # magnification against RADIUS
+    blur: float       # standard deviation of the focus, pixels
+    noise: float      # of the sensor, grey levels at full light
+    vignette: float   # light lost in the corners
+    slope: float      # light lost from one side to the other: a lamp off its axis
+    quality: int      # of the JPEG
+
+
+SOURCES = (  # after the looks of Chula RBC-12
+    Source("pink", (0.80, 0.80, 0.76), (0.14, 0.62, 0.48), (0.85, 0.95, 0.40), 1.00, 0.7, 2.0, 0.10, 0.05, 92),
+    Source("blue", (0.52, 0.62, 0.66), (0.34, 0.60, 0.35), (0.95, 0.90, 0.30), 0.94, 1.0, 3.0, 0.22, 0.08, 88),
+    Source("grey", (0.52, 0.52, 0.48), (0.12, 0.36, 0.30), (0.70, 0.85, 0.45), 1.08, 1.2, 2.5, 0.12, 0.15, 80),
+    Source("yellow", (0.80, 0.76, 0.58), (0.26, 0.50, 0.52), (0.90, 0.90, 0.55), 1.00, 0.9, 4.0, 0.18, 0.10, 85),
+    Source("bright", (0.92, 0.91, 0.97), (0.16, 0.56, 0.26), (0.80, 1.00, 0.30), 0.91, 0.8, 1.5, 0.04, 0.03, 95),
+)
+
+
+# ------------------------------------------------------------------------------------------------ 3. an image
+
+def stamp(slide, shape, reach, x, y, radius, rng):
+    """Add one cell's densities to slide [2, H, W]; x, y, radius in pixels. Only a small window is touched."""
+    half = int(reach * radius) + 4
+    x0, x1 = max(0, int(x) - half), min(WIDTH, int(x) + half + 1)
+    y0, y1 = max(0, int(y) - half), min(HEIGHT, int(y) + half + 1)
+    dx = ((np.arange(x0, x1) - x) / radius).astype(np.float32)[None, :]
+    dy = ((np.arange(y0, y1) - y) / radius).astype(np.float32)[:, None]
+    turn, squeeze = rng.uniform(0, 2 * np.pi), np.sqrt(rng.uniform(1, 1.14))  # any direction; slightly oval
+    u = (np.cos(turn) * dx + np.sin(turn) * dy) * squeeze
+    v = (np.cos(turn) * dy - np.sin(turn) * dx) / squeeze
+    bend, phase = rng.normal(0, 0.035, 2), rng.uniform(0, 6, 2)  # no cell dries evenly
+    u, v = u + bend[0] * np.sin(2.5 * v + phase[0]), v + bend[1] * np.sin(2.5 * u + phase[1])
+    inside, haemoglobin, azure = shape(u.astype(np.float32), v.astype(np.float32), rng)
+    # value / slope = distance to the outline in pixels, to first order: an edge without steps, no supersampling
+    gy, gx = np.gradient(inside)
+    d = inside / np.maximum(np.hypot(gx, gy), 0.3 / radius)
+    cover = np.clip(d + 0.5, 0, 1)
+    rim = 0.16 * np.exp(-np.square((d - 1.2) / 1.3))   # the edge is steep: it refracts light away ...
+    halo = 0.07 * np.exp(-np.square((d + 2.2) / 1.6))  # ... and throws it just outside
+    strength = rng.lognormal(0, 0.16)  # per cell: age and haemoglobin content; hides the class from brightness
+    slide[0, y0:y1, x0:x1] += strength * (cover * (haemoglobin + rim)) - halo
+    slide[1, y0:y1, x0:x1] += cover * azure
+
+
+def layout(rng, radius):
+    """Centres and radii of an image's cells: [n, 3]. Mostly apart; about one in eight leans on another."""
+    cells = np.zeros((0, 3))
+    for _ in range(rng.integers(60, 110)):
+        for _ in range(20):  # tries; a full image takes no more
+            r = radius * rng.uniform(0.93, 1.07)
+            x, y, apart = rng.uniform(-15, WIDTH + 15), rng.uniform(-15, HEIGHT + 15), 1.02
+            if len(cells) and rng.random() < 0.12:
+                neighbour, turn, apart = cells[rng.integers(len(cells))], rng.uniform(0, 2 * np.pi), 0.75
+                away = (r + neighbour[2]) * rng.uniform(0.76, 1.0)
+                x, y = neighbour[0] + away * np.cos(turn), neighbour[1] + away * np.sin(turn)
+            if not (-15 < x < WIDTH + 15 and -15 < y < HEIGHT + 15):
+                continue
+            if (np.hypot(cells[:, 0] - x, cells[:, 1] - y) > apart * (cells[:, 2] + r)).all():
+                cells = np.vstack([cells, (x, y, r)])
+                break
+    return cells
+
+
+def cloud(rng, cells, amplitude):
+    """Slow random variation [H, W], from a coarse grid of normal numbers: uneven stain, dried plasma."""
+    grid = rng.normal(0, amplitude, (cells * 3 // 4, cells)).astype(np.float32)
+    return np.asarray(Image.fromarray(grid).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC))
+
+
+def photograph(slide, source, seed, patient, rng):
+    """Slide [2, H, W] of densities to an image, uint8 [H, W, 3], with the patient's stain and this image's light."""
+    of_patient = np.random.default_rng([seed, patient, 1])
+    eosin = np.array(source.eosin) * of_patient.lognormal(0, 0.1, 3) * of_patient.lognormal(0, 0.1)
+    azure = np.array(source.azure) * of_patient.lognormal(0, 0.1, 3)
+    light = np.array(source.light) * of_patient.lognormal(0, 0.03, 3) * rng.lognormal(0, 0.03)
+    y, x = np.mgrid[-1:1:HEIGHT * 1j, -1:1:WIDTH * 1j].astype(np.float32)
+    side = rng.uniform(0, 2 * np.pi)
+    lamp = 1 - source.vignette * (x * x + y * y) / 2 + source.slope / 2 * (np.cos(side) * x + np.sin(side) * y)
+    haemoglobin = slide[0] * (1 + cloud(rng, 160, 0.05)) + cloud(rng, 10, 0.02)
+    out = np.empty((HEIGHT, WIDTH, 3), np.float32)
+    for c in range(3):
+        out[..., c] = 255 * light[c] * lamp * np.exp(-(haemoglobin * eosin[c] + slide[1] * azure[c]))
+    sharp = Image.fromarray(out.clip(0, 255).astype(np.uint8))
+    out = np.asarray(sharp.filter(ImageFilter.GaussianBlur(source.blur * rng.uniform(0.7, 1.4)))).astype(np.float32)
+    shot = np.sqrt(out / 255) * source.noise  # light comes in photons: the noise grows with its root
+    out += shot * rng.standard_normal(out.shape, np.float32)
+    return out.clip(0, 255).astype(np.uint8)
+
+
+def smear(seed, k):
+    """Image k of a seed, whatever the other images are: (uint8 [H, W, 3], labelled cells (x, y, label), source, patient)."""
+    source, patient = SOURCES[k % len(SOURCES)], k // len(SOURCES) // PER_PATIENT * len(SOURCES) + k % len(SOURCES)
+    rng = np.random.default_rng([seed, k])
+    slide, radius, labelled = np.zeros((2, HEIGHT, WIDTH), np.float32), RADIUS * source.scale, []
+    names, shares = list(CLASSES), [share for _, share, _ in CLASSES.values()]
+    for x, y, r in layout(rng, radius):
+        name = names[rng.choice(len(names), p=shares)]
+        shape, _, reach = CLASSES[name]
+        stamp(slide, shape, reach, x, y, r, rng)
+        if rng.random() < 0.04:
+            stamp(slide, platelet, 1.4, *(x, y) + rng.uniform(-0.6, 0.6, 2) * r, r * rng.uniform(0.25, 0.35), rng)
+        x, y = (x, y) + rng.normal(0, 1.5, 2).clip(-3, 3)  # nobody clicks the exact middle
+        if MARGIN <= x <= WIDTH - MARGIN and MARGIN <= y <= HEIGHT - MARGIN:
+            labelled.append((round(x, 1), round(y, 1), name))
+    for _ in range(rng.poisson(5)):
+        stamp(slide, platelet, 1.4, *rng.uniform(0, (WIDTH, HEIGHT)), radius * rng.uniform(0.2, 0.42), rng)
+    if rng.random() < 0.2:
+        stamp(slide, neutrophil, 1.2, *rng.uniform(0, (WIDTH, HEIGHT)), radius * rng.uniform(1.6, 2.0), rng)
+    for at in rng.uniform(0, (WIDTH, HEIGHT)) + rng.normal(0, 14, (rng.poisson(5), 2)):  # stain precipitate: a cluster
+        if 0 < at[0] < WIDTH and 0 < at[1] < HEIGHT:
+            stamp(slide, platelet, 1.4, *at, rng.uniform(1.2, 2.5), rng)
+    return photograph(slide, source, seed, patient, rng), labelled, source, patient
+
+
+def draw(out, images=200, seed=0):
+    """Draw `images` smears into the folder `out`: smears/NNNN.jpg and cells.csv (image,x,y,label,group,source).
+
+    image is relative to out; x, y are the cell's centre in pixels. Image k depends on seed and k alone. Returns the
+    path of cells.csv, which is written last. Raises ValueError on bad numbers, and FileExistsError if out holds
+    anything else than a drawing of the same images and seed (which is drawn again, so a broken run can be repeated).
+    """
+    if images < 1 or seed < 0:
+        raise ValueError(f"images must be at least 1 and seed at least 0, not {images} and {seed}")
+    out, recipe = Path(out), {"images": images, "seed": seed}
+    marker, table = out / "smears.json", out / "cells.csv"
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if not marker.is_file() or json.loads(marker.read_text()) != recipe:
+            raise FileExistsError(f"{out} holds something else than {images} smears of seed {seed}: "
+                                  "name an empty folder or a new one")
+    (out / "smears").mkdir(parents=True, exist_ok=True)
+    marker.write_text(json.dumps(recipe))
+    rows = [("image", "x", "y", "label", "group", "source")]
+    for k in range(images):
+        pixels, cells, source, patient = smear(seed, k)
+        name = f"smears/{k:04d}.jpg"
+        Image.fromarray(pixels).save(out / name, quality=source.quality)
+        rows += [(name, x, y, label, f"patient{patient:03d}", source.name) for x, y, label in cells]
+    with open(table, "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    return table
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Draw thin blood smears with labelled red cells.")
+    parser.add_argument("out", help="folder to write to: OUT/smears/NNNN.jpg and OUT/cells.csv")
+    parser.add_argument("--images", type=int, default=200, help="how many images of 640x480 (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="other seeds, other patients (default: %(default)s)")
+    args = parser.parse_args()
+    try:
+        print(draw(args.out, args.images, args.seed))
+    except (ValueError, OSError) as error:
+        print(f"smears.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
