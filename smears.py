@@ -27,6 +27,10 @@ MARGIN = 40     # a cell whose centre is nearer to the border is drawn but not l
 PER_PATIENT = 4  # images of one patient (column `group`): same slide, same stain; never split them
 
 
+class UserError(Exception):
+    """Something that the user can mend: one line that says how."""
+
+
 # ------------------------------------------------------------------------------------------------ 1. the cells
 # Each function takes coordinates u, v [h, w] in units of a normal cell's radius, with the cell's centre at 0, and
 # the cell's own random stream. It returns (inside, haemoglobin, azure), each [h, w]: `inside` is positive in the
@@ -83,7 +87,7 @@ def teardrop(u, v, rng):
 
 
 def sickle(u, v, rng):
-    """Haemoglobin S polymerises without oxygen and its fibres stretch the cell into a dense crescent, pointed at both ends."""
+    """Without oxygen haemoglobin S polymerises; its fibres stretch the cell into a dense crescent with two points."""
     length, width = rng.uniform(1.2, 1.6), rng.uniform(0.32, 0.46)
     v = v - rng.uniform(0.2, 0.5) * u * u  # bends the spindle, and leaves its middle at the centre
     inside = width * np.maximum(1 - np.square(u / length), -1) - np.abs(v)
@@ -190,6 +194,8 @@ def stamp(slide, shape, reach, x, y, radius, rng):
     half = int(reach * radius) + 4
     x0, x1 = max(0, int(x) - half), min(WIDTH, int(x) + half + 1)
     y0, y1 = max(0, int(y) - half), min(HEIGHT, int(y) + half + 1)
+    if x1 - x0 < 2 or y1 - y0 < 2:  # outside, or too little of it for a slope
+        return
     dx = ((np.arange(x0, x1) - x) / radius).astype(np.float32)[None, :]
     dy = ((np.arange(y0, y1) - y) / radius).astype(np.float32)[:, None]
     turn, squeeze = rng.uniform(0, 2 * np.pi), np.sqrt(rng.uniform(1, 1.14))  # any direction; slightly oval
@@ -255,7 +261,7 @@ def photograph(slide, source, seed, patient, rng):
 
 
 def smear(seed, k):
-    """Image k of a seed, whatever the other images are: (uint8 [H, W, 3], labelled cells (x, y, label), source, patient)."""
+    """Image k of a seed: (uint8 [H, W, 3], list of labelled cells (x, y, label), Source, number of the patient)."""
     source, patient = SOURCES[k % len(SOURCES)], k // len(SOURCES) // PER_PATIENT * len(SOURCES) + k % len(SOURCES)
     rng = np.random.default_rng([seed, k])
     slide, radius, labelled = np.zeros((2, HEIGHT, WIDTH), np.float32), RADIUS * source.scale, []
@@ -265,8 +271,8 @@ def smear(seed, k):
         shape, _, reach = CLASSES[name]
         stamp(slide, shape, reach, x, y, r, rng)
         if rng.random() < 0.04:
-            stamp(slide, platelet, 1.4, *(x, y) + rng.uniform(-0.6, 0.6, 2) * r, r * rng.uniform(0.25, 0.35), rng)
-        x, y = (x, y) + rng.normal(0, 1.5, 2).clip(-3, 3)  # nobody clicks the exact middle
+            stamp(slide, platelet, 1.4, *rng.uniform(-0.6, 0.6, 2) * r + (x, y), r * rng.uniform(0.25, 0.35), rng)
+        x, y = np.array((x, y)) + rng.normal(0, 1.5, 2).clip(-3, 3)  # nobody clicks the exact middle
         if MARGIN <= x <= WIDTH - MARGIN and MARGIN <= y <= HEIGHT - MARGIN:
             labelled.append((round(x, 1), round(y, 1), name))
     for _ in range(rng.poisson(5)):
@@ -283,17 +289,18 @@ def draw(out, images=200, seed=0):
     """Draw `images` smears into the folder `out`: smears/NNNN.jpg and cells.csv (image,x,y,label,group,source).
 
     image is relative to out; x, y are the cell's centre in pixels. Image k depends on seed and k alone. Returns the
-    path of cells.csv, which is written last. Raises ValueError on bad numbers, and FileExistsError if out holds
-    anything else than a drawing of the same images and seed (which is drawn again, so a broken run can be repeated).
+    path of cells.csv, which is written last. Raises UserError on bad numbers, and if out holds anything else than a
+    drawing of the same images and seed (that is drawn again, so that a broken run can be repeated).
     """
     if images < 1 or seed < 0:
-        raise ValueError(f"images must be at least 1 and seed at least 0, not {images} and {seed}")
+        raise UserError(f"images must be at least 1 and seed at least 0, not {images} and {seed}")
     out, recipe = Path(out), {"images": images, "seed": seed}
     marker, table = out / "smears.json", out / "cells.csv"
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if not marker.is_file() or json.loads(marker.read_text()) != recipe:
-            raise FileExistsError(f"{out} holds something else than {images} smears of seed {seed}: "
-                                  "name an empty folder or a new one")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file: name a folder")
+    same = marker.is_file() and marker.read_text() == json.dumps(recipe)
+    if out.exists() and any(out.iterdir()) and not same:
+        raise UserError(f"{out} holds something else than {images} smears of seed {seed}: name an empty or a new folder")
     (out / "smears").mkdir(parents=True, exist_ok=True)
     marker.write_text(json.dumps(recipe))
     rows = [("image", "x", "y", "label", "group", "source")]
@@ -315,7 +322,7 @@ def main():
     args = parser.parse_args()
     try:
         print(draw(args.out, args.images, args.seed))
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"smears.py: error: {error}", file=sys.stderr)
         sys.exit(2)
 
