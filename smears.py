@@ -16,6 +16,7 @@ import csv
 import json
 import sys
 from dataclasses import dataclass
+from math import cos, pi, sin, sqrt
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,7 @@ class UserError(Exception):
 # cell and falls to 0 at its outline (only its zero and its slope count), the other two are how much of each dye lies
 # there. Romanowsky stains are two dyes in one: eosin (pink) binds haemoglobin, azure (blue-violet) nucleic acids.
 # All numbers are drawn from ranges, so that a class is a continuum with borderline cells, as in life.
+# Python floats, never numpy's float64, meet the float32 arrays: numpy 2 would double them, and the time with them.
 
 def pallor(q, depth):
     """Relative thickness of a dimpled disc: 1 - depth in the middle, 1 outside; q = 1 is the dimple's edge."""
@@ -51,8 +53,8 @@ def union(a, b, soft=0.08):
 def normal(u, v, rng):
     """Discocyte: a biconcave disc, thin in the middle, hence a pale centre of about a third of the diameter."""
     r = np.hypot(u, v) / rng.uniform(0.88, 1.1)
-    off = rng.normal(0, 0.05, 2)  # the dimple is rarely quite in the middle
-    return 1 - r, pallor(np.hypot(u - off[0], v - off[1]) / rng.uniform(0.28, 0.48), rng.uniform(0.3, 0.7)), 0 * r
+    q = np.hypot(u - rng.normal(0, 0.06), v - rng.normal(0, 0.06)) / rng.uniform(0.28, 0.5)  # never quite central
+    return 1 - r, pallor(q, rng.uniform(0.35, 0.75)), 0 * r
 
 
 def spherocyte(u, v, rng):
@@ -71,7 +73,7 @@ def target(u, v, rng):
 def elliptocyte(u, v, rng):
     """A skeleton that does not spring back after the capillaries (hereditary elliptocytosis): an ellipse or a rod."""
     ratio, size = rng.uniform(1.45, 2.3), rng.uniform(0.85, 1.05)
-    q = np.hypot(u / np.sqrt(ratio), v * np.sqrt(ratio)) / size
+    q = np.hypot(u / sqrt(ratio), v * sqrt(ratio)) / size
     return 1 - q, pallor(q / rng.uniform(0.3, 0.5), rng.uniform(0.0, 0.6)), 0 * q
 
 
@@ -79,26 +81,26 @@ def teardrop(u, v, rng):
     """Dacrocyte: squeezed out of a scarred marrow (myelofibrosis), it keeps one drawn-out tail."""
     u = u + 0.25
     v = v + rng.uniform(-0.15, 0.15) * u * u
-    size, tip = rng.uniform(0.7, 0.88), rng.uniform(1.5, 2.1)
-    tail = rng.uniform(0.4, 0.6) * np.maximum(1 - u / tip, 0) ** rng.uniform(1.0, 1.8) + 0.04 - np.abs(v)
+    size, tip = rng.uniform(0.7, 0.88), rng.uniform(1.45, 2.1)
+    tail = rng.uniform(0.55, 0.85) * np.maximum(1 - u / tip, 0) ** rng.uniform(1.2, 2.2) + 0.05 - np.abs(v)
     r = np.hypot(u, v)
-    inside = union(size - r, np.minimum(np.minimum(tail, u), tip - u), 0.05)
-    return inside, pallor(r / rng.uniform(0.25, 0.45), rng.uniform(0.0, 0.65)), 0 * r
+    inside = union(size - r, np.minimum(np.minimum(tail, u), tip - u))
+    return inside, pallor(r / rng.uniform(0.25, 0.45), rng.uniform(0.0, 0.7)), 0 * r
 
 
 def sickle(u, v, rng):
     """Without oxygen haemoglobin S polymerises; its fibres stretch the cell into a dense crescent with two points."""
-    length, width = rng.uniform(1.2, 1.6), rng.uniform(0.32, 0.46)
-    v = v - rng.uniform(0.2, 0.5) * u * u  # bends the spindle, and leaves its middle at the centre
+    length, width = rng.uniform(1.25, 1.6), rng.uniform(0.32, 0.46)
+    v = v - rng.uniform(0.33, 0.6) * u * u  # bends the spindle, and leaves its middle at the centre
     inside = width * np.maximum(1 - np.square(u / length), -1) - np.abs(v)
-    return inside, np.full_like(u, rng.uniform(0.85, 1.15)), 0 * u
+    return inside, 1.05 - 0.6 * np.square(v), 0 * u
 
 
 def burr(u, v, rng):
     """Echinocyte: 10-30 short, even spicules all round (uraemia, or a slide that waited too long)."""
-    size, count, phase = rng.uniform(0.85, 1.05), rng.integers(10, 23), rng.uniform(0, 2 * np.pi)  # > 22 blurs away
+    size, count, phase = rng.uniform(0.85, 1.05), rng.integers(10, 23), rng.uniform(0, 2 * pi)  # > 22 blurs away
     theta, r = np.arctan2(v, u), np.hypot(u, v)
-    wave = np.cos(count * theta + phase + 0.9 * np.sin(2 * theta + phase))  # the sine: not quite regular
+    wave = np.cos(int(count) * theta + phase + 0.9 * np.sin(2 * theta + phase))  # the sine: not quite regular
     outline = size * (1 + rng.uniform(0.05, 0.1) * (0.5 + 0.5 * wave) ** 1.5)
     return outline - r, pallor(r / rng.uniform(0.25, 0.5), rng.uniform(0.1, 0.65)), 0 * r
 
@@ -107,38 +109,38 @@ def ring(u, v, rng):
     """Malaria, ring form: a young Plasmodium in a normal cell, a thin blue ring of cytoplasm with one chromatin dot."""
     inside, haemoglobin, azure = normal(u, v, rng)
     for _ in range(1 + (rng.random() < 0.15)):  # two in one cell speak for P. falciparum
-        at, where = rng.uniform(0.0, 0.55), rng.uniform(0, 2 * np.pi)
-        pu, pv = u - at * np.cos(where), v - at * np.sin(where)
-        size, width, dot = rng.uniform(0.19, 0.27), rng.uniform(0.05, 0.08), rng.uniform(0, 2 * np.pi)
-        azure = azure + rng.uniform(0.5, 0.8) * np.exp(-np.square((np.hypot(pu, pv) - size) / width))
-        dot = np.hypot(pu - size * np.cos(dot), pv - size * np.sin(dot))
-        azure = azure + rng.uniform(1.3, 2.0) * np.exp(-np.square(dot / rng.uniform(0.08, 0.12)))
+        at, where, dot = rng.uniform(0, 0.55), rng.uniform(0, 2 * pi), rng.uniform(0, 2 * pi)
+        size, width = rng.uniform(0.19, 0.27), rng.uniform(0.05, 0.08)
+        pu, pv = u - at * cos(where), v - at * sin(where)
+        azure = azure + rng.uniform(0.4, 0.75) * np.exp(-np.square((np.hypot(pu, pv) - size) / width))
+        chromatin = np.hypot(pu - size * cos(dot), pv - size * sin(dot)) / rng.uniform(0.08, 0.12)
+        azure = azure + rng.uniform(1.1, 1.8) * np.exp(-np.square(chromatin))
     return inside, haemoglobin, azure
 
 
 def stomatocyte(u, v, rng):
     """A cup seen from above: the pallor is a slit, a mouth (liver disease, alcohol, or slow drying)."""
     r = np.hypot(u, v) / rng.uniform(0.88, 1.1)
-    q = np.hypot(u / rng.uniform(0.45, 0.62), (v + rng.uniform(-0.2, 0.2) * u * u) / rng.uniform(0.1, 0.17))
+    q = np.hypot(u / rng.uniform(0.45, 0.62), (v + rng.uniform(-0.2, 0.2) * u * u) / rng.uniform(0.12, 0.2))
     return 1 - r, pallor(q, rng.uniform(0.45, 0.75)), 0 * r
 
 
 def schistocyte(u, v, rng):
     """A cell cut by fibrin in small vessels (TTP, DIC, a heart valve): a fragment with corners or horns, no pallor."""
-    size = rng.uniform(0.8, 1.0)
-    r = np.hypot(u, v + 0.3)
+    inside = rng.uniform(0.8, 1.0) - np.hypot(u, v + 0.3)
     if rng.random() < 0.5:  # helmet: a bite leaves two horns
-        cut = np.hypot(u - rng.uniform(-0.3, 0.3), v - rng.uniform(0.75, 0.95)) - rng.uniform(0.5, 0.7)
+        middle = rng.uniform(0.8, 1.1)
+        cut = np.hypot(u - rng.uniform(-0.2, 0.2), v - middle) - middle + rng.uniform(0.18, 0.3)
     else:  # triangle: two straight cuts
-        a, b = rng.uniform(0.5, 0.8, 2)
-        cut = np.minimum(0.35 - np.sin(a) * v - np.cos(a) * u, 0.35 - np.sin(b) * v + np.cos(b) * u)
-    return np.minimum(size - r, cut), np.full_like(u, rng.uniform(0.8, 1.1)), 0 * u
+        a, b = rng.uniform(0.4, 0.8), rng.uniform(0.4, 0.8)
+        cut = np.minimum(0.35 - sin(a) * v - cos(a) * u, 0.35 - sin(b) * v + cos(b) * u)
+    return -union(-inside, -cut, 0.05), np.full_like(u, rng.uniform(0.8, 1.1)), 0 * u
 
 
-CLASSES = {  # function, share of all cells in every source alike, how far it reaches in radii
-    "normal": (normal, 0.46, 1.4), "spherocyte": (spherocyte, 0.06, 1.2), "target": (target, 0.06, 1.4),
-    "elliptocyte": (elliptocyte, 0.06, 1.8), "teardrop": (teardrop, 0.06, 2.2), "sickle": (sickle, 0.06, 2.1),
-    "burr": (burr, 0.06, 1.4), "ring": (ring, 0.06, 1.4), "stomatocyte": (stomatocyte, 0.06, 1.4),
+CLASSES = {  # function, share of all cells (the same in every source), how far it reaches in radii
+    "normal": (normal, 0.46, 1.3), "spherocyte": (spherocyte, 0.06, 1.1), "target": (target, 0.06, 1.3),
+    "elliptocyte": (elliptocyte, 0.06, 1.7), "teardrop": (teardrop, 0.06, 2.0), "sickle": (sickle, 0.06, 1.8),
+    "burr": (burr, 0.06, 1.3), "ring": (ring, 0.06, 1.3), "stomatocyte": (stomatocyte, 0.06, 1.3),
     "schistocyte": (schistocyte, 0.06, 1.4),
 }
 
@@ -147,18 +149,25 @@ CLASSES = {  # function, share of all cells in every source alike, how far it re
 
 def platelet(u, v, rng):
     """A violet, granular crumb of 2-3 micrometres; on a red cell it is the classic false malaria."""
-    r = np.hypot(u * rng.uniform(0.8, 1.25), v)
-    grain = 0.5 + 0.5 * np.cos(9 * u + rng.uniform(0, 6)) * np.cos(9 * v + rng.uniform(0, 6))
-    return 1 - r + 0.1 * np.cos(5 * np.arctan2(v, u)), 0.25 + 0 * r, (0.5 + 0.8 * grain) * np.exp(-r * r)
+    r, theta = np.hypot(u * rng.uniform(0.75, 1.3), v), np.arctan2(v, u)
+    inside = 1 - r + 0.12 * np.cos(3 * theta + rng.uniform(0, 6)) + 0.08 * np.cos(7 * theta)
+    return inside, 0.25 + 0 * r, (1 + 0.4 * rng.standard_normal(u.shape, np.float32)) * np.exp(-0.7 * r * r)
 
 
 def neutrophil(u, v, rng):
     """A white cell of 12-15 micrometres: pale granular plasma, a nucleus of three to five lobes on a thread."""
     r, angle, nucleus = np.hypot(u, v), rng.uniform(0, 6), -np.ones_like(u)
     for _ in range(rng.integers(3, 6)):
-        lobe = rng.uniform(0.22, 0.32) - np.hypot(u - 0.42 * np.cos(angle), v - 0.42 * np.sin(angle))
-        nucleus, angle = union(nucleus, lobe, 0.06), angle + rng.uniform(0.9, 1.4)
-    return 1 - r, 0.3 + 0 * r, 0.15 + 1.7 / (1 + np.exp(-nucleus / 0.03))
+        lobe = rng.uniform(0.22, 0.32) - np.hypot(u - 0.42 * cos(angle), v - 0.42 * sin(angle))
+        nucleus, angle = union(nucleus, lobe), angle + rng.uniform(0.9, 1.4)
+    grain = 0.08 * rng.standard_normal(u.shape, np.float32)
+    return 1 - r, 0.3 + 0 * r, 0.15 + grain + (1.7 + 2 * grain) / (1 + np.exp(-nucleus / 0.03))
+
+
+def dust(u, v, rng):
+    """Dirt on the far side of the glass: out of focus, so it has no edge at all."""
+    spot = rng.uniform(0.1, 0.35) * np.exp(-5 * (np.square(u * rng.uniform(0.7, 1.4)) + v * v))
+    return np.ones_like(u), spot, spot
 
 
 # ------------------------------------------------------------------------------------------------ 2. the sources
@@ -179,11 +188,11 @@ class Source:
 
 
 SOURCES = (  # after the looks of Chula RBC-12
-    Source("pink", (0.80, 0.80, 0.76), (0.14, 0.62, 0.48), (0.85, 0.95, 0.40), 1.00, 0.7, 2.0, 0.10, 0.05, 92),
-    Source("blue", (0.52, 0.62, 0.66), (0.34, 0.60, 0.35), (0.95, 0.90, 0.30), 0.94, 1.0, 3.0, 0.22, 0.08, 88),
-    Source("grey", (0.52, 0.52, 0.48), (0.12, 0.36, 0.30), (0.70, 0.85, 0.45), 1.08, 1.2, 2.5, 0.12, 0.15, 80),
-    Source("yellow", (0.80, 0.76, 0.58), (0.26, 0.50, 0.52), (0.90, 0.90, 0.55), 1.00, 0.9, 4.0, 0.18, 0.10, 85),
-    Source("bright", (0.92, 0.91, 0.97), (0.16, 0.56, 0.26), (0.80, 1.00, 0.30), 0.91, 0.8, 1.5, 0.04, 0.03, 95),
+    Source("pink", (0.80, 0.80, 0.76), (0.14, 0.62, 0.48), (0.50, 1.05, 0.35), 1.00, 0.7, 2.0, 0.10, 0.05, 92),
+    Source("blue", (0.52, 0.62, 0.66), (0.34, 0.60, 0.35), (0.75, 1.00, 0.25), 0.94, 1.0, 3.0, 0.22, 0.08, 88),
+    Source("grey", (0.52, 0.52, 0.48), (0.12, 0.36, 0.30), (0.40, 0.90, 0.30), 1.08, 1.2, 2.5, 0.12, 0.15, 80),
+    Source("yellow", (0.80, 0.76, 0.58), (0.26, 0.50, 0.52), (0.60, 0.95, 0.50), 1.00, 0.9, 4.0, 0.18, 0.10, 85),
+    Source("bright", (0.92, 0.91, 0.97), (0.16, 0.56, 0.26), (0.65, 1.05, 0.25), 0.91, 0.8, 1.5, 0.04, 0.03, 95),
 )
 
 
@@ -198,40 +207,44 @@ def stamp(slide, shape, reach, x, y, radius, rng):
         return
     dx = ((np.arange(x0, x1) - x) / radius).astype(np.float32)[None, :]
     dy = ((np.arange(y0, y1) - y) / radius).astype(np.float32)[:, None]
-    turn, squeeze = rng.uniform(0, 2 * np.pi), np.sqrt(rng.uniform(1, 1.14))  # any direction; slightly oval
-    u = (np.cos(turn) * dx + np.sin(turn) * dy) * squeeze
-    v = (np.cos(turn) * dy - np.sin(turn) * dx) / squeeze
-    bend, phase = rng.normal(0, 0.035, 2), rng.uniform(0, 6, 2)  # no cell dries evenly
-    u, v = u + bend[0] * np.sin(2.5 * v + phase[0]), v + bend[1] * np.sin(2.5 * u + phase[1])
-    inside, haemoglobin, azure = shape(u.astype(np.float32), v.astype(np.float32), rng)
+    turn, squeeze, lean = rng.uniform(0, 2 * pi), sqrt(rng.uniform(1, 1.14)), rng.normal(0, 0.07)
+    u = (cos(turn) * dx + sin(turn) * dy) * squeeze  # lies in any direction, is slightly oval ...
+    v = (cos(turn) * dy - sin(turn) * dx) / squeeze
+    u = u + rng.normal(0, 0.04) * np.sin(2.5 * v + rng.uniform(0, 6))  # ... and no cell dries evenly
+    v = v + rng.normal(0, 0.04) * np.sin(2.5 * u + rng.uniform(0, 6))
+    inside, haemoglobin, azure = shape(u, v, rng)
     # value / slope = distance to the outline in pixels, to first order: an edge without steps, no supersampling
     gy, gx = np.gradient(inside)
     d = inside / np.maximum(np.hypot(gx, gy), 0.3 / radius)
     cover = np.clip(d + 0.5, 0, 1)
-    rim = 0.16 * np.exp(-np.square((d - 1.2) / 1.3))   # the edge is steep: it refracts light away ...
-    halo = 0.07 * np.exp(-np.square((d + 2.2) / 1.6))  # ... and throws it just outside
+    rim = 0.2 * np.exp(-np.square((d - 1.2) / 1.2))    # the edge is steep: it refracts light away ...
+    halo = 0.13 * np.exp(-np.square((d + 2.2) / 1.5))  # ... and throws it just outside
     strength = rng.lognormal(0, 0.16)  # per cell: age and haemoglobin content; hides the class from brightness
-    slide[0, y0:y1, x0:x1] += strength * (cover * (haemoglobin + rim)) - halo
+    slide[0, y0:y1, x0:x1] += strength * cover * (haemoglobin * (1 + lean * u) + rim) - halo
     slide[1, y0:y1, x0:x1] += cover * azure
 
 
 def layout(rng, radius):
-    """Centres and radii of an image's cells: [n, 3]. Mostly apart; about one in eight leans on another."""
-    cells = np.zeros((0, 3))
+    """Centres and radii (x, y, r) of an image's cells, in pixels. Mostly apart; about one in eight leans on another."""
+    cells = []
     for _ in range(rng.integers(60, 110)):
         for _ in range(20):  # tries; a full image takes no more
-            r = radius * rng.uniform(0.93, 1.07)
-            x, y, apart = rng.uniform(-15, WIDTH + 15), rng.uniform(-15, HEIGHT + 15), 1.02
-            if len(cells) and rng.random() < 0.12:
-                neighbour, turn, apart = cells[rng.integers(len(cells))], rng.uniform(0, 2 * np.pi), 0.75
-                away = (r + neighbour[2]) * rng.uniform(0.76, 1.0)
-                x, y = neighbour[0] + away * np.cos(turn), neighbour[1] + away * np.sin(turn)
-            if not (-15 < x < WIDTH + 15 and -15 < y < HEIGHT + 15):
-                continue
-            if (np.hypot(cells[:, 0] - x, cells[:, 1] - y) > apart * (cells[:, 2] + r)).all():
-                cells = np.vstack([cells, (x, y, r)])
+            r, apart = radius * rng.uniform(0.93, 1.07), 1.02
+            x, y = rng.uniform(-15, WIDTH + 15), rng.uniform(-15, HEIGHT + 15)
+            if cells and rng.random() < 0.12:
+                (x, y, other), turn, apart = cells[rng.integers(len(cells))], rng.uniform(0, 2 * pi), 0.75
+                away = (r + other) * rng.uniform(0.76, 1.0)
+                x, y = x + away * cos(turn), y + away * sin(turn)
+            if -15 < x < WIDTH + 15 and -15 < y < HEIGHT + 15 and all(
+                    (x - a) ** 2 + (y - b) ** 2 > (apart * (r + c)) ** 2 for a, b, c in cells):
+                cells.append((x, y, r))
                 break
     return cells
+
+
+def place(rng):
+    """A point x, y anywhere in the image."""
+    return rng.uniform(0, WIDTH), rng.uniform(0, HEIGHT)
 
 
 def cloud(rng, cells, amplitude):
@@ -246,13 +259,12 @@ def photograph(slide, source, seed, patient, rng):
     eosin = np.array(source.eosin) * of_patient.lognormal(0, 0.1, 3) * of_patient.lognormal(0, 0.1)
     azure = np.array(source.azure) * of_patient.lognormal(0, 0.1, 3)
     light = np.array(source.light) * of_patient.lognormal(0, 0.03, 3) * rng.lognormal(0, 0.03)
-    y, x = np.mgrid[-1:1:HEIGHT * 1j, -1:1:WIDTH * 1j].astype(np.float32)
-    side = rng.uniform(0, 2 * np.pi)
-    lamp = 1 - source.vignette * (x * x + y * y) / 2 + source.slope / 2 * (np.cos(side) * x + np.sin(side) * y)
-    haemoglobin = slide[0] * (1 + cloud(rng, 160, 0.05)) + cloud(rng, 10, 0.02)
-    out = np.empty((HEIGHT, WIDTH, 3), np.float32)
-    for c in range(3):
-        out[..., c] = 255 * light[c] * lamp * np.exp(-(haemoglobin * eosin[c] + slide[1] * azure[c]))
+    x, y = np.linspace(-1, 1, WIDTH, dtype=np.float32), np.linspace(-1, 1, HEIGHT, dtype=np.float32)[:, None]
+    side = rng.uniform(0, 2 * pi)
+    lamp = 1 - source.vignette * (x * x + y * y) / 2 + source.slope / 2 * (cos(side) * x + sin(side) * y)
+    haemoglobin = slide[0] * (1 + cloud(rng, 160, 0.06)) + cloud(rng, 10, 0.02)
+    out = np.stack([255 * b * lamp * np.exp(-e * haemoglobin - a * slide[1])
+                    for b, e, a in zip(light.tolist(), eosin.tolist(), azure.tolist())], axis=-1)
     sharp = Image.fromarray(out.clip(0, 255).astype(np.uint8))
     out = np.asarray(sharp.filter(ImageFilter.GaussianBlur(source.blur * rng.uniform(0.7, 1.4)))).astype(np.float32)
     shot = np.sqrt(out / 255) * source.noise  # light comes in photons: the noise grows with its root
@@ -270,18 +282,18 @@ def smear(seed, k):
         name = names[rng.choice(len(names), p=shares)]
         shape, _, reach = CLASSES[name]
         stamp(slide, shape, reach, x, y, r, rng)
-        if rng.random() < 0.04:
-            stamp(slide, platelet, 1.4, *rng.uniform(-0.6, 0.6, 2) * r + (x, y), r * rng.uniform(0.25, 0.35), rng)
-        x, y = np.array((x, y)) + rng.normal(0, 1.5, 2).clip(-3, 3)  # nobody clicks the exact middle
+        if rng.random() < 0.03:
+            on = [at + r * rng.uniform(-0.6, 0.6) for at in (x, y)]
+            stamp(slide, platelet, 1.4, *on, r * rng.uniform(0.2, 0.3), rng)
+        x, y = (at + rng.triangular(-3.5, 0, 3.5) for at in (x, y))  # nobody clicks the exact middle
         if MARGIN <= x <= WIDTH - MARGIN and MARGIN <= y <= HEIGHT - MARGIN:
             labelled.append((round(x, 1), round(y, 1), name))
+    for shape, often, small, large in ((platelet, 5, 0.18, 0.36), (dust, 2, 0.3, 1.5), (neutrophil, 0.2, 1.6, 2.0)):
+        for _ in range(rng.poisson(often)):
+            stamp(slide, shape, 1.3, *place(rng), radius * rng.uniform(small, large), rng)
+    x, y = place(rng)  # precipitate of the stain: a cluster of dark grains
     for _ in range(rng.poisson(5)):
-        stamp(slide, platelet, 1.4, *rng.uniform(0, (WIDTH, HEIGHT)), radius * rng.uniform(0.2, 0.42), rng)
-    if rng.random() < 0.2:
-        stamp(slide, neutrophil, 1.2, *rng.uniform(0, (WIDTH, HEIGHT)), radius * rng.uniform(1.6, 2.0), rng)
-    for at in rng.uniform(0, (WIDTH, HEIGHT)) + rng.normal(0, 14, (rng.poisson(5), 2)):  # stain precipitate: a cluster
-        if 0 < at[0] < WIDTH and 0 < at[1] < HEIGHT:
-            stamp(slide, platelet, 1.4, *at, rng.uniform(1.2, 2.5), rng)
+        stamp(slide, platelet, 1.4, x + rng.normal(0, 14), y + rng.normal(0, 14), rng.uniform(1.2, 2.5), rng)
     return photograph(slide, source, seed, patient, rng), labelled, source, patient
 
 
@@ -300,7 +312,7 @@ def draw(out, images=200, seed=0):
         raise UserError(f"{out} is a file: name a folder")
     same = marker.is_file() and marker.read_text() == json.dumps(recipe)
     if out.exists() and any(out.iterdir()) and not same:
-        raise UserError(f"{out} holds something else than {images} smears of seed {seed}: name an empty or a new folder")
+        raise UserError(f"{out} holds something else than {images} smears of seed {seed}: name another folder")
     (out / "smears").mkdir(parents=True, exist_ok=True)
     marker.write_text(json.dumps(recipe))
     rows = [("image", "x", "y", "label", "group", "source")]
