@@ -7,13 +7,12 @@ The drawing goes the way the light goes:
     1. a cell is a shape (signed distance to its outline) and a thickness: one short function for each class;
     2. stain turns thickness into optical density, and densities that lie on top of each other add up;
     3. light passes: intensity = background * exp(-density)  (Beer-Lambert), then optics, sensor and JPEG spoil it.
-The classes are told apart by shape and by where the haemoglobin lies, never by colour: every laboratory ("source")
-has every class in the same proportions, and the stain varies from patient to patient and from cell to cell.
-Sizes and frequencies are our choice, after looking at real smears (Chula RBC-12); they are not a clinical model.
+Shape and thickness tell the classes apart, colour does not: every laboratory ("source") has every class in the same
+proportions, and the stain varies from patient to patient and from cell to cell. Sizes and frequencies are our choice
+after looking at real smears (Chula RBC-12), not a clinical model: no patient has all ten.
 """
 import argparse
 import csv
-import json
 import sys
 from dataclasses import dataclass
 from math import cos, pi, sin, sqrt
@@ -22,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter
 
-WIDTH, HEIGHT = 640, 480
+WIDTH, HEIGHT = 640, 480  # as Chula RBC-12
 RADIUS = 22.0   # of a normal cell, in pixels: 40-50 wide as in Chula RBC-12, i.e. 7.5 micrometres at 1000x
 MARGIN = 40     # a cell whose centre is nearer to the border is drawn but not labelled: its 80-pixel crop is cut
 PER_PATIENT = 4  # images of one patient (column `group`): same slide, same stain; never split them
@@ -33,12 +32,11 @@ class UserError(Exception):
 
 
 # ------------------------------------------------------------------------------------------------ 1. the cells
-# Each function takes coordinates u, v [h, w] in units of a normal cell's radius, with the cell's centre at 0, and
-# the cell's own random stream. It returns (inside, haemoglobin, azure), each [h, w]: `inside` is positive in the
-# cell and falls to 0 at its outline (only its zero and its slope count), the other two are how much of each dye lies
-# there. Romanowsky stains are two dyes in one: eosin (pink) binds haemoglobin, azure (blue-violet) nucleic acids.
-# All numbers are drawn from ranges, so that a class is a continuum with borderline cells, as in life.
-# Python floats, never numpy's float64, meet the float32 arrays: numpy 2 would double them, and the time with them.
+# Each takes coordinates u, v [h, w] in units of a normal cell's radius, the cell's centre at 0, and a random stream,
+# and returns (inside, haemoglobin, azure), each [h, w]: `inside` is positive in the cell and falls to 0 at its outline
+# (only its zero and its slope count), the others are how much of each dye lies there. Romanowsky stains are two dyes:
+# eosin (pink) binds haemoglobin, azure (blue-violet) nucleic acids. All numbers come from ranges, so that a class is a
+# continuum with borderline cells. Python floats keep the arrays float32 (numpy's float64 scalars would double them).
 
 def pallor(q, depth):
     """Relative thickness of a dimpled disc: 1 - depth in the middle, 1 outside; q = 1 is the dimple's edge."""
@@ -79,10 +77,9 @@ def elliptocyte(u, v, rng):
 
 def teardrop(u, v, rng):
     """Dacrocyte: squeezed out of a scarred marrow (myelofibrosis), it keeps one drawn-out tail."""
-    u = u + 0.25
-    v = v + rng.uniform(-0.15, 0.15) * u * u
+    u, v = u + 0.25, v + rng.uniform(-0.15, 0.15) * u * u
     size, tip = rng.uniform(0.7, 0.88), rng.uniform(1.45, 2.1)
-    tail = rng.uniform(0.55, 0.85) * np.maximum(1 - u / tip, 0) ** rng.uniform(1.2, 2.2) + 0.05 - np.abs(v)
+    tail = size * rng.uniform(0.6, 0.9) * np.maximum(1 - u / tip, 0) ** rng.uniform(1.2, 2.2) + 0.05 - np.abs(v)
     r = np.hypot(u, v)
     inside = union(size - r, np.minimum(np.minimum(tail, u), tip - u))
     return inside, pallor(r / rng.uniform(0.25, 0.45), rng.uniform(0.0, 0.7)), 0 * r
@@ -90,8 +87,8 @@ def teardrop(u, v, rng):
 
 def sickle(u, v, rng):
     """Without oxygen haemoglobin S polymerises; its fibres stretch the cell into a dense crescent with two points."""
-    length, width = rng.uniform(1.25, 1.6), rng.uniform(0.32, 0.46)
-    v = v - rng.uniform(0.33, 0.6) * u * u  # bends the spindle, and leaves its middle at the centre
+    length, width = rng.uniform(1.2, 1.5), rng.uniform(0.32, 0.46)
+    v = v - rng.uniform(0.6, 1.0) * np.square(u / length)  # bends the spindle, and leaves its middle at the centre
     inside = width * np.maximum(1 - np.square(u / length), -1) - np.abs(v)
     return inside, 1.05 - 0.6 * np.square(v), 0 * u
 
@@ -129,8 +126,8 @@ def schistocyte(u, v, rng):
     """A cell cut by fibrin in small vessels (TTP, DIC, a heart valve): a fragment with corners or horns, no pallor."""
     inside = rng.uniform(0.8, 1.0) - np.hypot(u, v + 0.3)
     if rng.random() < 0.5:  # helmet: a bite leaves two horns
-        middle = rng.uniform(0.8, 1.1)
-        cut = np.hypot(u - rng.uniform(-0.2, 0.2), v - middle) - middle + rng.uniform(0.18, 0.3)
+        middle = rng.uniform(0.9, 1.5)
+        cut = np.hypot(u - rng.uniform(-0.2, 0.2), v - middle) - middle + rng.uniform(0.25, 0.38)
     else:  # triangle: two straight cuts
         a, b = rng.uniform(0.4, 0.8), rng.uniform(0.4, 0.8)
         cut = np.minimum(0.35 - sin(a) * v - cos(a) * u, 0.35 - sin(b) * v + cos(b) * u)
@@ -139,10 +136,9 @@ def schistocyte(u, v, rng):
 
 CLASSES = {  # function, share of all cells (the same in every source), how far it reaches in radii
     "normal": (normal, 0.46, 1.3), "spherocyte": (spherocyte, 0.06, 1.1), "target": (target, 0.06, 1.3),
-    "elliptocyte": (elliptocyte, 0.06, 1.7), "teardrop": (teardrop, 0.06, 2.0), "sickle": (sickle, 0.06, 1.8),
+    "elliptocyte": (elliptocyte, 0.06, 1.7), "teardrop": (teardrop, 0.06, 2.0), "sickle": (sickle, 0.06, 1.9),
     "burr": (burr, 0.06, 1.3), "ring": (ring, 0.06, 1.3), "stomatocyte": (stomatocyte, 0.06, 1.3),
-    "schistocyte": (schistocyte, 0.06, 1.4),
-}
+    "schistocyte": (schistocyte, 0.06, 1.4)}
 
 
 # What else is on a slide, never labelled: it lies beside the cells and on them, in the colour of a parasite.
@@ -161,7 +157,7 @@ def neutrophil(u, v, rng):
         lobe = rng.uniform(0.22, 0.32) - np.hypot(u - 0.42 * cos(angle), v - 0.42 * sin(angle))
         nucleus, angle = union(nucleus, lobe), angle + rng.uniform(0.9, 1.4)
     grain = 0.08 * rng.standard_normal(u.shape, np.float32)
-    return 1 - r, 0.3 + 0 * r, 0.15 + grain + (1.7 + 2 * grain) / (1 + np.exp(-nucleus / 0.03))
+    return 1 - r, 0.3 + 0 * r, 0.15 + grain + (1.2 + 2 * grain) / (1 + np.exp(-nucleus / 0.03))
 
 
 def dust(u, v, rng):
@@ -192,8 +188,7 @@ SOURCES = (  # after the looks of Chula RBC-12
     Source("blue", (0.52, 0.62, 0.66), (0.34, 0.60, 0.35), (0.75, 1.00, 0.25), 0.94, 1.0, 3.0, 0.22, 0.08, 88),
     Source("grey", (0.52, 0.52, 0.48), (0.12, 0.36, 0.30), (0.40, 0.90, 0.30), 1.08, 1.2, 2.5, 0.12, 0.15, 80),
     Source("yellow", (0.80, 0.76, 0.58), (0.26, 0.50, 0.52), (0.60, 0.95, 0.50), 1.00, 0.9, 4.0, 0.18, 0.10, 85),
-    Source("bright", (0.92, 0.91, 0.97), (0.16, 0.56, 0.26), (0.65, 1.05, 0.25), 0.91, 0.8, 1.5, 0.04, 0.03, 95),
-)
+    Source("bright", (0.92, 0.91, 0.97), (0.16, 0.56, 0.26), (0.65, 1.05, 0.25), 0.91, 0.8, 1.5, 0.04, 0.03, 95))
 
 
 # ------------------------------------------------------------------------------------------------ 3. an image
@@ -203,8 +198,7 @@ def stamp(slide, shape, reach, x, y, radius, rng):
     half = int(reach * radius) + 4
     x0, x1 = max(0, int(x) - half), min(WIDTH, int(x) + half + 1)
     y0, y1 = max(0, int(y) - half), min(HEIGHT, int(y) + half + 1)
-    if x1 - x0 < 2 or y1 - y0 < 2:  # outside, or too little of it for a slope
-        return
+    if min(x1 - x0, y1 - y0) < 2: return  # outside, or too little of it for a slope
     dx = ((np.arange(x0, x1) - x) / radius).astype(np.float32)[None, :]
     dy = ((np.arange(y0, y1) - y) / radius).astype(np.float32)[:, None]
     turn, squeeze, lean = rng.uniform(0, 2 * pi), sqrt(rng.uniform(1, 1.14)), rng.normal(0, 0.07)
@@ -224,9 +218,9 @@ def stamp(slide, shape, reach, x, y, radius, rng):
     slide[1, y0:y1, x0:x1] += cover * azure
 
 
-def layout(rng, radius):
-    """Centres and radii (x, y, r) of an image's cells, in pixels. Mostly apart; about one in eight leans on another."""
-    cells = []
+def layout(rng, radius, taken):
+    """Centres and radii (x, y, r) of an image's cells, in pixels, clear of those in `taken`; one in eight overlaps."""
+    cells = list(taken)
     for _ in range(rng.integers(60, 110)):
         for _ in range(20):  # tries; a full image takes no more
             r, apart = radius * rng.uniform(0.93, 1.07), 1.02
@@ -239,12 +233,7 @@ def layout(rng, radius):
                     (x - a) ** 2 + (y - b) ** 2 > (apart * (r + c)) ** 2 for a, b, c in cells):
                 cells.append((x, y, r))
                 break
-    return cells
-
-
-def place(rng):
-    """A point x, y anywhere in the image."""
-    return rng.uniform(0, WIDTH), rng.uniform(0, HEIGHT)
+    return cells[len(taken):]
 
 
 def cloud(rng, cells, amplitude):
@@ -263,13 +252,12 @@ def photograph(slide, source, seed, patient, rng):
     side = rng.uniform(0, 2 * pi)
     lamp = 1 - source.vignette * (x * x + y * y) / 2 + source.slope / 2 * (cos(side) * x + sin(side) * y)
     haemoglobin = slide[0] * (1 + cloud(rng, 160, 0.06)) + cloud(rng, 10, 0.02)
-    out = np.stack([255 * b * lamp * np.exp(-e * haemoglobin - a * slide[1])
-                    for b, e, a in zip(light.tolist(), eosin.tolist(), azure.tolist())], axis=-1)
-    sharp = Image.fromarray(out.clip(0, 255).astype(np.uint8))
-    out = np.asarray(sharp.filter(ImageFilter.GaussianBlur(source.blur * rng.uniform(0.7, 1.4)))).astype(np.float32)
-    shot = np.sqrt(out / 255) * source.noise  # light comes in photons: the noise grows with its root
-    out += shot * rng.standard_normal(out.shape, np.float32)
-    return out.clip(0, 255).astype(np.uint8)
+    planes = [255 * b * lamp * np.exp(-e * haemoglobin - a * slide[1])
+              for b, e, a in zip(light.tolist(), eosin.tolist(), azure.tolist())]
+    sharp = Image.merge("RGB", [Image.fromarray(plane.clip(0, 255).astype(np.uint8)) for plane in planes])
+    out = np.asarray(sharp.filter(ImageFilter.GaussianBlur(source.blur * rng.uniform(0.7, 1.4))))
+    shot = source.noise * np.sqrt(np.arange(256, dtype=np.float32) / 255)  # photons: noise grows with light's root
+    return (out + shot[out] * rng.standard_normal(out.shape, np.float32)).clip(0, 255).astype(np.uint8)
 
 
 def smear(seed, k):
@@ -278,20 +266,22 @@ def smear(seed, k):
     rng = np.random.default_rng([seed, k])
     slide, radius, labelled = np.zeros((2, HEIGHT, WIDTH), np.float32), RADIUS * source.scale, []
     names, shares = list(CLASSES), [share for _, share, _ in CLASSES.values()]
-    for x, y, r in layout(rng, radius):
+    def anywhere(): return rng.uniform(0, (WIDTH, HEIGHT)).tolist()
+    white = [(*anywhere(), radius * rng.uniform(1.6, 2.0)) for _ in range(rng.poisson(0.2))]
+    for x, y, r in white: stamp(slide, neutrophil, 1.2, x, y, r, rng)
+    for x, y, r in layout(rng, radius, white):
         name = names[rng.choice(len(names), p=shares)]
         shape, _, reach = CLASSES[name]
         stamp(slide, shape, reach, x, y, r, rng)
         if rng.random() < 0.03:
-            on = [at + r * rng.uniform(-0.6, 0.6) for at in (x, y)]
-            stamp(slide, platelet, 1.4, *on, r * rng.uniform(0.2, 0.3), rng)
+            stamp(slide, platelet, 1.4, x + r * rng.uniform(-0.5, 0.5), y + r * rng.uniform(-0.5, 0.5), r / 4, rng)
         x, y = (at + rng.triangular(-3.5, 0, 3.5) for at in (x, y))  # nobody clicks the exact middle
         if MARGIN <= x <= WIDTH - MARGIN and MARGIN <= y <= HEIGHT - MARGIN:
             labelled.append((round(x, 1), round(y, 1), name))
-    for shape, often, small, large in ((platelet, 5, 0.18, 0.36), (dust, 2, 0.3, 1.5), (neutrophil, 0.2, 1.6, 2.0)):
+    for shape, often, small, large in ((platelet, 5, 0.18, 0.36), (dust, 2, 0.3, 1.5)):
         for _ in range(rng.poisson(often)):
-            stamp(slide, shape, 1.3, *place(rng), radius * rng.uniform(small, large), rng)
-    x, y = place(rng)  # precipitate of the stain: a cluster of dark grains
+            stamp(slide, shape, 1.3, *anywhere(), radius * rng.uniform(small, large), rng)
+    x, y = anywhere()  # precipitate of the stain: a cluster of dark grains
     for _ in range(rng.poisson(5)):
         stamp(slide, platelet, 1.4, x + rng.normal(0, 14), y + rng.normal(0, 14), rng.uniform(1.2, 2.5), rng)
     return photograph(slide, source, seed, patient, rng), labelled, source, patient
@@ -306,23 +296,20 @@ def draw(out, images=200, seed=0):
     """
     if images < 1 or seed < 0:
         raise UserError(f"images must be at least 1 and seed at least 0, not {images} and {seed}")
-    out, recipe = Path(out), {"images": images, "seed": seed}
-    marker, table = out / "smears.json", out / "cells.csv"
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file: name a folder")
-    same = marker.is_file() and marker.read_text() == json.dumps(recipe)
-    if out.exists() and any(out.iterdir()) and not same:
-        raise UserError(f"{out} holds something else than {images} smears of seed {seed}: name another folder")
+    out, recipe = Path(out), f"{images} smears of seed {seed}"
+    marker, table = out / "drawn.txt", out / "cells.csv"
+    same = marker.is_file() and marker.read_text() == recipe
+    if out.exists() and not same and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} holds something else than {recipe}: name a new folder")
     (out / "smears").mkdir(parents=True, exist_ok=True)
-    marker.write_text(json.dumps(recipe))
+    marker.write_text(recipe)
     rows = [("image", "x", "y", "label", "group", "source")]
     for k in range(images):
         pixels, cells, source, patient = smear(seed, k)
         name = f"smears/{k:04d}.jpg"
         Image.fromarray(pixels).save(out / name, quality=source.quality)
         rows += [(name, x, y, label, f"patient{patient:03d}", source.name) for x, y, label in cells]
-    with open(table, "w", newline="") as file:
-        csv.writer(file).writerows(rows)
+    with open(table, "w", newline="") as file: csv.writer(file).writerows(rows)
     return table
 
 
