@@ -147,7 +147,7 @@ def test_neither_colour_nor_small_pixels_tell_the_class(drawn):
         colours.append(np.concatenate([np.histogram(crop[..., c], 32, (0, 256))[0] for c in range(3)]))
         pixels.append(np.asarray(Image.fromarray(crop).resize((16, 16), Image.Resampling.BOX), float).ravel())
     colour, always = held_out_f1(np.array(colours), rows)
-    assert colour < always + 0.1  # measured on 200 images: 0.27 against 0.28
+    assert colour < always + 0.1  # measured on 200 images: 0.29 against 0.28
     assert held_out_f1(np.array(pixels), rows)[0] < 0.55  # measured: 0.41
 
 
