@@ -50,19 +50,12 @@ class BadImage(Exception):
 # Files. Whatever a folder collected over years holds ends as RGB pixels or as one BadImage, never as a surprise.
 
 def find_images(folder):
-    """Paths of all images below `folder`, by extension, sorted. Follows links, leaves hidden names out. UserError."""
+    """Paths of all images below `folder`, by extension, sorted. Hidden files and links to folders are left out."""
     def unlistable(error):
         raise UserError(f"{error.filename!r} is not a folder that can be listed: {error.strerror}")
 
-    found, seen = [], set()
-    for here, folders, names in os.walk(folder, followlinks=True, onerror=unlistable):
-        if (real := os.path.realpath(here)) in seen:  # a link that leads back up
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = [d for d in folders if not d.startswith(".")]
-        found += [os.path.join(here, n) for n in names if n.lower().endswith(EXTENSIONS) and not n.startswith(".")]
-    return sorted(found)
+    return sorted(os.path.join(here, name) for here, _, names in os.walk(folder, onerror=unlistable) for name in names
+                  if name.lower().endswith(EXTENSIONS) and not name.startswith("."))
 
 
 def _to_rgb(im):
@@ -133,24 +126,20 @@ class Patches:
         if len({os.path.realpath(f) for f in folders}) < len(folders):
             raise UserError(f"--data names a folder twice: {' '.join(map(repr, folders))}")
 
-        def size_or_reason(path):
-            try:
-                return read_image(path, header_only=True)
-            except BadImage as bad:
-                return bad.reason
-
         for folder in folders:
             begin, found = ends[-1], find_images(folder)
             if not found:
                 raise UserError(f"no images in {folder!r} or below it; looked for {' '.join(EXTENSIONS)}")
             with ThreadPoolExecutor(16) as pool:  # mostly waiting for the disk or the network
-                for path, size in zip(found, pool.map(size_or_reason, found)):
-                    if isinstance(size, str):
-                        self.skipped[path] = size
-                        continue
+                headers = [pool.submit(read_image, path, header_only=True) for path in found]
+            for path, header in zip(found, headers):
+                try:
+                    self.sizes.append(header.result())
+                except BadImage as bad:
+                    self.skipped[path] = bad.reason
+                else:
                     self.files.append(path)
-                    self.sizes.append(size)
-                    ends.append(ends[-1] + math.prod(len(window_starts(side, patch_size)) for side in size))
+                    ends.append(ends[-1] + math.prod(len(window_starts(n, patch_size)) for n in self.sizes[-1]))
             self.sources.append((folder, begin, ends[-1]))
         if len(self.skipped) > len(self.files):
             path, reason = next(iter(self.skipped.items()))
@@ -206,12 +195,12 @@ class GlassBlur(A.GlassBlur):  # 13.8 -> 1.3 ms; each pixel comes from a random 
 
 class ISONoise(A.ISONoise):  # 3.2 -> 1.6 ms; 2.0.8 lost factors of 255 and 360: no hue noise, sparse specks for grain
     def apply(self, img, color_shift, intensity, random_seed, **params):
-        hls = cv2.cvtColor(img / np.float32(255), cv2.COLOR_RGB2HLS)  # hue 0..360; lightness, saturation 0..1
-        hue, grain = np.random.default_rng(random_seed).standard_normal((2, *img.shape[:2]), np.float32)
-        photons = 255 * intensity * cv2.meanStdDev(hls)[1][1, 0]  # 1.4 draws Poisson numbers; this is their limit
-        hls[..., 0] = (hls[..., 0] + hue * (360 * color_shift * intensity)) % 360
-        hls[..., 1] += np.maximum(grain * math.sqrt(photons) + photons, 0) / 255 * (1 - hls[..., 1])
-        return (cv2.cvtColor(hls, cv2.COLOR_HLS2RGB) * 255).clip(0, 255).astype(np.uint8)
+        hue, lightness, saturation = cv2.split(cv2.cvtColor(img / np.float32(255), cv2.COLOR_RGB2HLS))
+        colour, grain = np.random.default_rng(random_seed).standard_normal((2, *img.shape[:2]), np.float32)
+        hue += colour * (360 * color_shift * intensity)  # degrees; cv2 wraps them
+        photons = 255 * intensity * float(lightness.std())  # 1.4 draws Poisson numbers of this mean; near normal
+        lightness += np.maximum(grain * math.sqrt(photons) + photons, 0) * (1 - lightness) / 255
+        return cv2.convertScaleAbs(cv2.cvtColor(cv2.merge((hue, lightness, saturation)), cv2.COLOR_HLS2RGB), alpha=255)
 
 
 class RandomRain(A.RandomRain):  # 1.4 blurs and darkens all of the image, 2.0.8 blurs the drops alone
@@ -246,7 +235,7 @@ class RandomSunFlare(A.RandomSunFlare):  # 7.3 -> 1.0 ms; 2.0.8 dims the flare, 
         radii, opaque = np.linspace(1, self.src_radius, discs).astype(int), np.linspace(1, 0, discs) ** 3
         passed = np.append(np.cumprod(1 - opaque[::-1])[::-1], 1)  # share of the image seen through discs i and larger
         y, x = np.ogrid[:img.shape[0], :img.shape[1]]
-        d = np.hypot(np.float32(x - flare_center[0]), np.float32(y - flare_center[1])).astype(np.int32)
+        d = np.sqrt((x - flare_center[0]) ** 2 + (y - flare_center[1]) ** 2, dtype=np.float32).round().astype(np.int32)
         passed = passed[np.searchsorted(radii, np.arange(d.max() + 1))].astype(np.float32)
         return (255 - (255 - img) * passed[d][..., None]).astype(np.uint8)
 

@@ -1,0 +1,624 @@
+"""augment.py: files, patches, the 32 transforms against what 1.4's defaults gave, multi-crop, random streams."""
+import importlib
+import math
+import os
+import pickle
+import random
+import resource
+import subprocess
+import sys
+
+import albumentations as A
+import cv2
+import numpy as np
+import pytest
+import torch
+from corpus import bad_corpus, picture
+from PIL import Image
+
+import augment
+from augment import BadImage, MultiCrop, Patches, UserError, find_images, read_image, sample_rng, window_starts
+
+ROOT = os.path.dirname(augment.__file__)
+RELEASE = """Blur CLAHE ChannelShuffle ChannelDropout ColorJitter Defocus Downscale Emboss Equalize FancyPCA GaussNoise
+GaussianBlur GlassBlur HueSaturationValue ISONoise ImageCompression InvertImg MedianBlur MotionBlur MultiplicativeNoise
+Posterize RandomBrightnessContrast RGBShift RandomGamma RandomRain RandomShadow RandomSnow RandomSunFlare
+RandomToneCurve RandomFog RingingOvershoot Sharpen Solarize""".split()  # noqa: SIM905 - as the release lists them
+BY_NAME = {type(t).__name__: t for t in augment.TRANSFORMS}
+GREY = np.full((224, 224, 3), 128, np.uint8)
+
+
+def apply(name, image, seed=0):
+    """One transform of the list, surely applied, and the parameters that it drew."""
+    transform = BY_NAME[name]
+    transform.set_random_state(np.random.default_rng(seed), random.Random(seed))
+    return transform(image=image, force_apply=True)["image"], transform.get_applied_params()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    return (str(folder), *bad_corpus(folder))
+
+
+# Files
+
+def test_corpus_is_read_or_named(corpus):
+    folder, good, bad = corpus
+    assert set(find_images(folder)) == set(good) | set(bad)
+    assert find_images(folder) == sorted(find_images(folder))
+    for path, size in good.items():
+        image = read_image(path)
+        assert image.dtype == np.uint8 and image.shape == (*size, 3) and image.flags.c_contiguous, path
+        assert read_image(path, header_only=True) == size
+    for path, word in bad.items():
+        with pytest.raises(BadImage) as error:
+            read_image(path)
+        assert error.value.path == path and word in error.value.reason
+        assert error.value.reason and "\n" not in str(error.value)
+
+
+def test_nothing_is_said_on_the_console(corpus):
+    """Neither by PIL nor by the C libraries below it: one reason per file is enough, and it is BadImage's."""
+    script = """
+import sys, augment
+for path in augment.find_images(sys.argv[1]):
+    try:
+        augment.read_image(path)
+    except augment.BadImage:
+        pass"""
+    run = subprocess.run([sys.executable, "-c", script, corpus[0]], cwd=ROOT, capture_output=True, check=True)
+    assert run.stdout == run.stderr == b""
+
+
+def test_bad_image_survives_a_worker():
+    bad = pickle.loads(pickle.dumps(BadImage("a\nb.png", "two\nlines")))
+    assert (bad.path, bad.reason) == ("a\nb.png", "two lines") and str(bad) == "'a\\nb.png': two lines"
+
+
+@pytest.mark.parametrize("name, tolerance", [
+    ("UPPER.JPG", 8), ("space and\nnewline \U0001fa78.png", 0), ("exif1.jpg", 8), ("animated.webp", 0),
+    ("pages.tif", 0), ("cmyk.jpg", 8), ("folder.png/inside.bmp", 0)])
+def test_pixels(corpus, name, tolerance):
+    difference = read_image(os.path.join(corpus[0], name)).astype(int) - picture()
+    assert np.abs(difference).max() <= tolerance
+
+
+def test_grey_of_any_depth_is_the_same(corpus):
+    eight = read_image(os.path.join(corpus[0], "grey.png"))
+    assert (eight == picture()[..., :1]).all()
+    for name in ("sixteen.png", "twelve.tif"):
+        assert np.abs(read_image(os.path.join(corpus[0], name)).astype(int) - eight).max() <= 1
+
+
+@pytest.mark.parametrize("values, expected", [
+    (np.float32([[0, 0.5, 1]]), [0, 127, 255]), (np.float32([[np.nan, np.inf, -3]]), [0, 0, 0]),
+    (np.int32([[0, 2**16 - 1, -5]]), [0, 255, 0]), (np.int32([[0, 2**20]]), [0, 255])])
+def test_float_and_32_bit_grey(tmp_path, values, expected):
+    Image.fromarray(values).save(tmp_path / "x.tif")
+    assert read_image(tmp_path / "x.tif")[0, :, 0].tolist() == expected
+
+
+def test_transparent_is_white(corpus):
+    rgba = read_image(os.path.join(corpus[0], "rgba.webp"))
+    assert (rgba[:100, :100] == 255).all() and (rgba[100:] == picture()[100:]).all()
+    path = os.path.join(corpus[0], "palette.png")
+    indices = np.asarray(Image.open(path))
+    assert (read_image(path)[indices == indices[0, 0]] == 255).all()
+    assert (read_image(path)[indices != indices[0, 0]] != 255).any(-1).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(corpus, orientation):
+    # The EXIF standard, 6 for instance: the stored first row is the visual right side
+    upright = [None, lambda a: a, lambda a: a[:, ::-1], lambda a: a[::-1, ::-1], lambda a: a[::-1],
+               lambda a: a.transpose(1, 0, 2), lambda a: np.rot90(a, -1), lambda a: np.rot90(a, 2).transpose(1, 0, 2),
+               np.rot90][orientation](picture())
+    assert np.abs(read_image(os.path.join(corpus[0], f"exif{orientation}.jpg")).astype(int) - upright).max() <= 8
+    if orientation == 6:
+        assert (read_image(os.path.join(corpus[0], "exif6.tiff")) == upright).all()
+
+
+def test_bomb_takes_no_memory(corpus):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for name in ("bomb.png", "smaller bomb.png"):
+        with pytest.raises(BadImage, match="too large"):
+            read_image(os.path.join(corpus[0], name))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kB
+
+
+def test_largest_image_stays_under_one_gib(tmp_path):
+    side = math.isqrt(augment.MAX_PIXELS)
+    Image.new("LA", (side, side)).save(tmp_path / "x.tif")  # laid on white: the greediest path
+    script = f"""
+import resource, augment
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+assert augment.read_image({str(tmp_path / 'x.tif')!r}).shape == ({side}, {side}, 3)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"""
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 2**20  # kB
+
+
+def test_links_and_hidden_files(tmp_path):
+    Image.fromarray(GREY).save(tmp_path / "x.png")
+    (tmp_path / "._x.png").write_bytes(b"what a Mac leaves behind")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    (tmp_path / "y.PNG").symlink_to(tmp_path / "x.png")
+    assert find_images(str(tmp_path)) == [str(tmp_path / "x.png"), str(tmp_path / "y.PNG")]
+
+
+# Patches
+
+@pytest.mark.parametrize("patch_size", [1, 7, 224])
+def test_windows_cover_evenly_with_the_fewest(patch_size):
+    for length in [*range(1, 500), 640, 2592, 5000]:
+        starts = window_starts(length, patch_size)
+        if length <= patch_size:
+            assert starts == [0]
+            continue
+        assert starts[0] == 0 and starts[-1] + patch_size == length
+        gaps = np.diff(starts)
+        assert (gaps <= patch_size).all() and gaps.max() - gaps.min() <= 1  # no pixel missed; spacing even
+        assert (len(starts) - 1) * patch_size < length  # one fewer could not cover it
+    assert window_starts(5000, 0) == [0]
+
+
+@pytest.mark.parametrize("height, width, patches", [(480, 640, 9), (224, 224, 1), (225, 224, 2), (3, 5000, 23),
+                                                    (1, 1, 1), (80, 80, 1), (1944, 2592, 108)])
+def test_patches_are_the_image(tmp_path, height, width, patches):
+    # Each pixel holds its own position, so that what a patch holds says where it comes from
+    y, x = np.mgrid[:height, :width]
+    image = np.dstack((y // 256 * 32 + x // 256, y % 256, x % 256)).astype(np.uint8)
+    Image.fromarray(image).save(tmp_path / "x.png", compress_level=1)
+    p, seen = Patches([str(tmp_path)]), np.zeros((height, width), int)
+    assert len(p) == patches and p.sources == [(str(tmp_path), 0, patches)]
+    for patch in (p[i] for i in (range(patches) if patches < 30 else (0, patches // 2, patches - 1))):
+        assert patch.shape == (min(height, 224), min(width, 224), 3) and patch.flags.c_contiguous
+        tile, rows, columns = (patch[..., c].astype(int) for c in range(3))
+        seen[tile // 32 * 256 + rows, tile % 32 * 256 + columns] += 1
+    assert (seen > 0).all() or patches >= 30
+    whole = Patches([str(tmp_path)], patch_size=0)
+    assert len(whole) == 1 and (whole[0] == image).all()
+
+
+def test_two_sources_and_pickling(tmp_path):
+    for folder, sizes in (("a", [(300, 300), (100, 100)]), ("b/deep", [(224, 500)])):
+        (tmp_path / folder).mkdir(parents=True)
+        for i, (h, w) in enumerate(sizes):
+            Image.fromarray(picture(h, w, i)).save(tmp_path / folder / f"{i}.png")
+    folders = [str(tmp_path / "b"), str(tmp_path / "a")]
+    p = pickle.loads(pickle.dumps(Patches(folders)))
+    assert p.sources == [(folders[0], 0, 3), (folders[1], 3, 8)] and len(p) == 8
+    assert [os.path.relpath(p.file_of(i), tmp_path) for i in range(8)] == ["b/deep/0.png"] * 3 + ["a/0.png"] * 4 + [
+        "a/1.png"]
+    assert (p[5] == picture(300, 300)[76:, :224]).all() and p[7].shape == (100, 100, 3)
+    for i in (-1, 8):
+        with pytest.raises(IndexError):
+            p[i]
+
+
+def test_patches_of_the_corpus(corpus):
+    folder, good, bad = corpus
+    p = Patches([folder])
+    assert not set(p.files) & set(p.skipped) and set(p.files) | set(p.skipped) == set(good) | set(bad)
+    assert set(p.skipped) <= set(bad) and all("\n" not in reason for reason in p.skipped.values())
+    broken = set()
+    for i in range(len(p)):
+        try:
+            assert p[i].dtype == np.uint8
+        except BadImage as error:
+            assert error.path == p.file_of(i)
+            broken.add(error.path)
+    assert broken == set(bad) - set(p.skipped)
+
+
+def test_files_that_go_or_change_during_the_run(tmp_path):
+    for name in "abc":
+        Image.fromarray(GREY).save(tmp_path / f"{name}.png")
+    p = Patches([str(tmp_path)])
+    (tmp_path / "a.png").unlink()
+    Image.fromarray(GREY[:50]).save(tmp_path / "b.png")
+    for i, reason in enumerate(("No such file", "size has changed")):
+        with pytest.raises(BadImage, match=reason):
+            p[i]
+    assert (p[2] == GREY).all()
+
+
+def test_user_errors(tmp_path):
+    empty, half = tmp_path / "empty", tmp_path / "half"
+    empty.mkdir(), half.mkdir()
+    with pytest.raises(UserError, match=r"no images in .*empty.*\.jpg .*\.webp"):
+        Patches([str(empty)])
+    with pytest.raises(UserError, match=r"missing.*No such file"):
+        Patches([str(tmp_path / "missing")])
+    with pytest.raises(UserError, match=r"augment.py.*Not a directory"):
+        Patches([augment.__file__])
+    Image.fromarray(GREY).save(half / "a.png")
+    (half / "b.png").write_bytes(b"")
+    assert len(Patches([str(half)])) == 1  # half is not more than half
+    (half / "c.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"2 of 3 images can't be read; the first is '.*b.png': not an image"):
+        Patches([str(half)])
+    with pytest.raises(UserError, match="twice"):
+        Patches([str(half), str(half) + "/."])
+    with pytest.raises(UserError, match="imagenet"):
+        MultiCrop(augment="imagenet")
+
+
+# The 32 transforms
+
+def test_names():
+    names = [type(t).__name__ for t in augment.TRANSFORMS]
+    assert len(names) == 32 and set(names) == set(RELEASE) - {"RandomFog"}
+    assert [t for group in augment.GROUPS.values() for t in group] == augment.TRANSFORMS
+    assert all(isinstance(t, A.ImageOnlyTransform) and t.p == 0.85 for t in augment.TRANSFORMS)
+
+
+@pytest.mark.parametrize("size", [8, 14, 98, 224])
+@pytest.mark.parametrize("fill", [0, 128, 255, None])
+def test_any_image_stays_an_image(size, fill):
+    image = picture(size, size) if fill is None else np.full((size, size, 3), fill, np.uint8)
+    before = image.copy()
+    with np.errstate(all="raise"):
+        for name in BY_NAME:
+            for seed in range(3):
+                out, _ = apply(name, image, seed)
+                assert out.shape == image.shape and out.dtype == np.uint8, name
+    assert (image == before).all()  # nothing is done in place: other views come from the same patch
+
+
+def test_every_transform_changes_a_picture_and_follows_its_state():
+    image = picture(224, 224)
+    for name in BY_NAME:
+        outs = [apply(name, image, seed)[0] for seed in range(8)]
+        assert any((o != image).any() for o in outs), name
+        assert all((apply(name, image, seed)[0] == o).all() for seed, o in enumerate(outs)), name
+
+
+def test_noise_is_3_to_7_grey_levels():
+    stds = [(apply("GaussNoise", GREY, seed)[0].astype(float) - 128).std() for seed in range(40)]
+    assert 2.7 < min(stds) < 3.7 and 6.3 < max(stds) < 7.2  # 2.0.8 truncates the noise to whole grey levels
+
+
+def test_drawn_parameters_span_those_of_1_4():
+    def drawn(name, key):
+        values = [apply(name, GREY[:64, :64], seed)[1][key] for seed in range(200)]
+        return min(values), max(values)
+
+    for name, key, low, high in [
+        ("ColorJitter", "hue", -0.2, 0.2), ("ColorJitter", "brightness", 0.8, 1.2),
+        ("ColorJitter", "contrast", 0.8, 1.2), ("ColorJitter", "saturation", 0.8, 1.2),
+        ("HueSaturationValue", "hue_shift", -20, 20),
+        ("HueSaturationValue", "sat_shift", -30, 30), ("HueSaturationValue", "val_shift", -20, 20),
+        ("RandomBrightnessContrast", "alpha", 0.8, 1.2), ("RandomBrightnessContrast", "beta", -51, 51),
+        ("RandomGamma", "gamma", 0.8, 1.2), ("CLAHE", "clip_limit", 1, 4), ("Posterize", "num_bits", 4, 4),
+        ("Blur", "kernel", 3, 7), ("MedianBlur", "kernel", 3, 7), ("Defocus", "radius", 3, 10),
+        ("Defocus", "alias_blur", 0.1, 0.5), ("ISONoise", "color_shift", 0.01, 0.05),
+        ("ISONoise", "intensity", 0.1, 0.5), ("ImageCompression", "quality", 99, 100),
+        ("Downscale", "scale", 0.25, 0.25), ("RandomSnow", "snow_point", 0.1, 0.3),
+    ]:
+        least, most = drawn(name, key)
+        slack = 0.1 * (high - low)
+        assert low <= least <= low + slack and high - slack <= most <= high, (name, key, least, most)
+    sizes = {apply("GaussianBlur", GREY, seed)[1]["kernel"].size for seed in range(50)}
+    assert sizes == {3, 5, 7}
+    sizes = {len(apply("RingingOvershoot", GREY[:64, :64], seed)[1]["kernel"]) for seed in range(100)}
+    assert sizes == {7, 9, 11, 13, 15}
+
+
+def test_point_operations_by_their_formulas():
+    ramp = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, 2).repeat(8, 0)
+    assert (apply("Solarize", ramp)[0] == np.where(ramp < 128, ramp, 255 - ramp)).all()
+    assert (apply("Posterize", ramp)[0] == ramp & 0xF0).all()
+    assert (apply("InvertImg", ramp)[0] == 255 - ramp).all()
+    out, drawn = apply("RandomGamma", ramp)
+    assert np.abs(out[0, :, 0] - 255 * (np.arange(256) / 255) ** drawn["gamma"]).max() <= 1
+    shifts = np.array([apply("RGBShift", GREY, seed)[0][0, 0].astype(int) - 128 for seed in range(100)])
+    assert np.abs(shifts).max() in (19, 20) and (shifts.min(0) < -15).all() and (shifts.max(0) > 15).all()
+    gains = [apply("MultiplicativeNoise", GREY, seed)[0][0, 0, 0] / 128 for seed in range(100)]
+    assert 0.89 < min(gains) < 0.92 and 1.08 < max(gains) < 1.11
+    small = picture(224, 224)
+    blocks = apply("Downscale", small)[0].reshape(56, 4, 56, 4, 3)
+    assert (blocks == blocks[:, :1, :, :1]).all() and (blocks[:, 0, :, 0] == small[::4, ::4]).all()
+
+
+def test_fancy_pca_is_alexnets():
+    image = picture(224, 224, seed=3)
+    pixels = image.reshape(-1, 3) / 255
+    for seed in range(10):
+        out, drawn = apply("FancyPCA", image, seed)
+        variances, axes = np.linalg.eigh(np.cov(pixels.T))
+        shift = 255 * sum(a * v * axis for a, v, axis in zip(drawn["alpha_vector"], variances, axes.T))
+        assert np.abs(out - np.clip(image + shift, 0, 255)).max() < 0.8  # rounding, and a seventh of the pixels
+
+
+def test_sun_flare_is_forty_discs_laid_over_each_other():
+    image = picture(224, 224)
+    for seed in range(5):
+        out, drawn = apply("RandomSunFlare", image, seed)
+        overlay, plain = image.copy(), image.copy()
+        for alpha, centre, radius, colour in drawn["circles"]:
+            cv2.circle(overlay, centre, radius, colour, -1)
+            plain = cv2.addWeighted(overlay, alpha, plain, 1 - alpha, 0)
+        overlay, plain = plain.copy(), plain.astype(float)
+        for i, radius in enumerate(np.linspace(1, 400, 40)):
+            cv2.circle(overlay, drawn["flare_center"], int(radius), (255, 255, 255), -1)
+            weight = (1 - i / 39) ** 3
+            plain = overlay * weight + plain * (1 - weight)
+        difference = np.abs(out - plain)
+        assert difference.mean() < 1 and np.quantile(difference, 0.95) < 3  # but for the rims of the discs
+        assert (out[drawn["flare_center"][1], drawn["flare_center"][0]] == 255).all()
+
+
+def test_glass_blur_moves_pixels_as_far_as_the_library_does():
+    # Each pixel holds its own position: how far did it come from? Without the two Gaussian blurs around it.
+    y, x = np.mgrid[:200, :200].astype(np.uint8)
+    image, walks = np.dstack((y, x, x)), []
+    for transform in (type(BY_NAME["GlassBlur"]), A.GlassBlur):
+        transform = transform(sigma=1e-3, max_delta=4, iterations=2, p=1)
+        transform.set_random_seed(0)
+        walk = transform(image=image)["image"].astype(int) - image
+        walks.append(walk[20:-20, 20:-20, :2].reshape(-1, 2))
+    ours, theirs = walks
+    assert np.abs(ours.std(0) - theirs.std(0)).max() < 0.15
+    assert np.abs(ours.mean(0) - theirs.mean(0)).max() < 1.5  # steps of -4..3: theirs swaps, so that some go backwards
+    assert np.abs(ours).max() <= 8
+
+
+def test_iso_noise_has_1_4s_mean_and_spread():
+    # Against 1.4's form: Poisson grain on the lightness, Gaussian noise of color_shift * 360 * intensity on the hue
+    image = picture(400, 400, seed=1)
+    out, drawn = apply("ISONoise", image, seed=2)
+    rng, hls = np.random.default_rng(0), cv2.cvtColor(image / np.float32(255), cv2.COLOR_RGB2HLS)
+    grain = rng.poisson(hls[..., 1].std() * drawn["intensity"] * 255, image.shape[:2])
+    hls[..., 0] = (hls[..., 0] + rng.normal(0, drawn["color_shift"] * 360 * drawn["intensity"], image.shape[:2])) % 360
+    hls[..., 1] += grain / 255 * (1 - hls[..., 1])
+    plain = cv2.cvtColor(hls, cv2.COLOR_HLS2RGB) * 255
+    ours, theirs = out - image.astype(float), plain - image
+    assert np.abs(ours.mean((0, 1)) - theirs.mean((0, 1))).max() < 0.3
+    assert np.abs(ours.std((0, 1)) / theirs.std((0, 1)) - 1).max() < 0.05
+
+
+def test_rain_blurs_and_darkens_everything():
+    for size, drops in ((224, 83), (98, 16)):
+        image = np.full((size, size, 3), 100, np.uint8)
+        image[:, size // 2:] = 150
+        out, drawn = apply("RandomRain", image)
+        assert len(drawn["drops"]) == drops and (np.diff(drawn["drops"], axis=1)[..., 1] == 20).all()
+        assert out.min() == 70 and np.median(out[:, 5]) == 70 and np.median(out[:, -5]) == 105  # 0.7
+        assert len(np.unique(out[:, size // 2 - 3:size // 2 + 3].astype(int).min(0)[:, 0])) > 3  # the edge: 7 x 7 box
+
+
+def test_shadow_halves_lightness_in_the_lower_half():
+    image = picture(224, 224)
+    out, _ = apply("RandomShadow", image, seed=1)
+    before, after = (cv2.cvtColor(i, cv2.COLOR_RGB2HLS).astype(int) for i in (image, out))
+    dark = (out != image).any(-1) & (np.abs(after[..., 1] - before[..., 1]) > 5)
+    assert dark.sum() > 500 and not dark[:110].any()
+    assert np.abs(after[dark][:, 1] - before[dark][:, 1] // 2).max() <= 2
+    saturated = dark & (before[..., 1] > 60)
+    assert np.median(np.abs(after[saturated][:, 2] - before[saturated][:, 2])) <= 4
+    untouched = ~dark
+    assert np.abs(out[untouched].astype(int) - image[untouched]).max() <= 6  # there and back through 8-bit HLS
+
+
+# Views
+
+@pytest.mark.parametrize("recipe", ["reddino", "dinov2"])
+@pytest.mark.parametrize("shape", [(224, 224), (80, 80), (1, 1), (3, 5000), (5000, 3), (224, 3)])
+def test_views_of_any_patch(recipe, shape):
+    patch = picture(*shape)
+    for sizes in (dict(global_size=64, local_size=32, local_crops=3), dict(local_crops=0)):
+        crop = MultiCrop(recipe, **sizes)
+        for index in range(6):
+            before = patch.copy()
+            global_views, local_views = crop(patch, sample_rng(0, index, 0))
+            G, L = sizes.get("global_size", 224), sizes["local_crops"]
+            assert global_views.shape == (2, 3, G, G) and local_views.shape == (L, 3, sizes.get("local_size", 98),
+                                                                                sizes.get("local_size", 98))
+            assert all(v.dtype == np.uint8 and v.flags.c_contiguous for v in (global_views, local_views))
+            assert (patch == before).all()
+
+
+def test_crop_area_and_aspect():
+    # Each pixel holds its position; the corners of the resized crop tell what was cut
+    y, x = np.mgrid[:240, :240].astype(np.uint8)
+    image, areas, aspects, centres = np.dstack((y, x, x)), [], [], []
+    for i in range(2000):
+        c = augment.random_resized_crop(image, 64, (0.05, 0.32), sample_rng(0, i, 0), cv2.INTER_NEAREST).astype(float)
+        h, w = ((c[-1, -1] - c[0, 0])[:2] + 1) * 1.01
+        areas.append(h * w / 240**2), aspects.append(w / h), centres.append(c[32, 32, :2])
+    assert 0.03 < min(areas) < 0.06 and 0.30 < max(areas) < 0.35 and abs(np.mean(areas) - 0.185) < 0.01
+    assert 0.68 < min(aspects) < 0.8 and 1.25 < max(aspects) < 1.45 and abs(np.mean(np.log(aspects))) < 0.02
+    assert np.abs(np.mean(centres, 0) - 120).max() < 4
+
+
+def test_crop_with_scale_one_is_the_patch():
+    patch = picture(224, 224)
+    crop = augment.random_resized_crop(patch, 224, (1, 1), np.random.default_rng(4), cv2.INTER_LINEAR)
+    assert crop.shape == patch.shape
+    strip = picture(3, 300)  # no draw fits: the middle, 3 high and 4 wide
+    middle = augment.random_resized_crop(strip, 12, (0.32, 1), np.random.default_rng(0), cv2.INTER_NEAREST)
+    assert (middle == strip[:, 148:152].repeat(4, 0).repeat(3, 1)).all()
+
+
+def test_four_different_of_32_each_with_its_p(monkeypatch):
+    calls = []
+
+    class Recorder:
+        def __init__(self, name):
+            self.name = name
+
+        def set_random_state(self, generator, python_random):
+            self.generator = generator
+
+        def __call__(self, image):
+            calls.append((self.name, self.generator))
+            return {"image": image}
+
+    monkeypatch.setattr(augment, "TRANSFORMS", [Recorder(i) for i in range(32)])
+    rng, crop, counts = np.random.default_rng(0), MultiCrop(global_size=16, local_crops=0), np.zeros(32)
+    for _ in range(400):
+        calls.clear()
+        crop(picture(20, 20), rng)
+        assert len(calls) == 8 and all(generator is rng for _, generator in calls)
+        for view in (calls[:4], calls[4:]):
+            assert len({name for name, _ in view}) == 4
+        np.add.at(counts, [name for name, _ in calls], 1)
+    assert counts.min() > 60 and counts.max() < 145  # 100 expected, 6 standard deviations of 9.4 wide at the least
+
+
+def test_flips_and_turns(monkeypatch):
+    """Which of the eight orientations a view has: with p = 0.85 for each flip and turn the chances are known."""
+    monkeypatch.setattr(augment, "TRANSFORMS", [A.NoOp(p=1)] * 32)
+    patch = np.zeros((16, 16, 3), np.uint8)
+    patch[:8, :8], patch[:8, 8:], patch[8:, :8] = 50, 100, 150
+    crop, expected, seen = MultiCrop(global_size=16, global_scale=(1, 1), local_crops=0), {}, {}
+    for flip_x in (0, 1):
+        for flip_y in (0, 1):
+            for turn in range(4):
+                a = patch[..., 0]
+                a = a[:, ::-1] if flip_x else a
+                a = np.rot90(a[::-1] if flip_y else a, turn)
+                p = (0.85 if flip_x else 0.15) * (0.85 if flip_y else 0.15) * (0.85 / 4 + 0.15 * (turn == 0))
+                corners = tuple(a[[0, 0, -1, -1], [0, -1, 0, -1]].tolist())
+                expected[corners] = expected.get(corners, 0) + p
+    for i in range(3000):
+        for view in crop(patch, sample_rng(1, i, 0))[0]:
+            corners = tuple(view[0][[0, 0, -1, -1], [0, -1, 0, -1]].tolist())
+            seen[corners] = seen.get(corners, 0) + 1 / 6000
+    assert set(seen) <= set(expected)
+    for corners, p in expected.items():
+        assert abs(seen.get(corners, 0) - p) < 6 * math.sqrt(p / 6000) + 0.02
+
+
+def test_dinov2s_chances():
+    chances = [{type(t).__name__: t.p for t in view} for view in augment.DINOV2]
+    assert [c["GaussianBlur"] for c in chances] == [1.0, 0.1, 0.5]
+    assert [c["Solarize"] for c in chances] == [0, 0.2, 0]
+    for c in chances:
+        assert (c["HorizontalFlip"], c["ColorJitter"], c["ToGray"]) == (0.5, 0.8, 0.2)
+    patch, grey = picture(224, 224), 0
+    crop = MultiCrop("dinov2", global_size=32, local_size=32, local_crops=2)
+    for i in range(300):
+        views = np.concatenate(crop(patch, sample_rng(0, i, 0)))
+        grey += (views == views[:, :1]).all((1, 2, 3)).sum()
+    assert 180 < grey < 300  # 240 of 1,200 views expected
+
+
+# Random streams
+
+class Crops(torch.utils.data.Dataset):
+    """Our way: the stream of a sample follows from (seed, index, epoch)."""
+
+    def __init__(self, seed=0):
+        self.seed, self.epoch, self.crop = seed, 0, MultiCrop(global_size=32, local_size=16, local_crops=1)
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, i):
+        return self.crop(picture(64, 64), sample_rng(self.seed, i, self.epoch))[0]
+
+
+class Naive(Crops):
+    """What one would write first: a pipeline with its own seed, in each worker a copy of it."""
+
+    def __init__(self, seed=0):
+        super().__init__(seed)
+        self.crop = A.Compose([A.RandomResizedCrop((32, 32)), A.SomeOf(augment.TRANSFORMS, 4)], seed=seed)
+
+    def __getitem__(self, i):
+        return np.stack([self.crop(image=picture(64, 64))["image"] for _ in range(2)])
+
+
+def check_streams(make):
+    """The same views for any number of workers; different ones for every sample and epoch, and another seed."""
+    runs = []
+    for workers in (0, 1, 2):
+        data, run = make(), []
+        for epoch in range(3):
+            data.epoch = epoch
+            loader = torch.utils.data.DataLoader(data, batch_size=3, num_workers=workers)
+            run += [view.numpy().tobytes() for batch in loader for view in batch]
+        assert len(set(run)) == len(run), f"{len(run) - len(set(run))} of {len(run)} samples repeat, {workers} workers"
+        runs.append(run)
+    assert runs[0] == runs[1] == runs[2]
+    assert not set(runs[0]) & {view.tobytes() for view in (make(seed=1)[i] for i in range(12))}
+
+
+def test_streams_do_not_depend_on_workers():
+    check_streams(Crops)
+
+
+def test_the_naive_pipeline_fails_the_same_check():
+    with pytest.raises(AssertionError, match="samples repeat"):
+        check_streams(Naive)
+
+
+def test_global_random_state_plays_no_part():
+    crop, patch = MultiCrop(local_crops=2), picture(224, 224)
+    for index in range(40):
+        views = []
+        for state in (0, 1):
+            np.random.seed(state), random.seed(state), torch.manual_seed(state), cv2.setRNGSeed(state)
+            for t in augment.TRANSFORMS:
+                t.set_random_seed(state)
+            views.append(np.concatenate([v.ravel() for v in crop(patch, sample_rng(0, index, 0))]))
+        assert (views[0] == views[1]).all()
+
+
+def test_sample_rng_differs_by_each_of_its_arguments():
+    keys = [(s, i, e) for s in (0, 1, 2) for i in (0, 1, 2, 56_712, 2**31) for e in (0, 1, 2)]
+    assert len({sample_rng(*key).integers(2**62) for key in keys}) == len(keys)
+
+
+def test_multicrop_can_be_sent_to_a_worker():
+    for recipe in ("reddino", "dinov2"):
+        crop = MultiCrop(recipe)
+        a, b = (c(picture(), sample_rng(0, 0, 0)) for c in (crop, pickle.loads(pickle.dumps(crop))))
+        assert (a[0] == b[0]).all() and (a[1] == b[1]).all()
+
+
+# The command
+
+def run_main(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["augment.py", *map(str, arguments)])
+    try:
+        augment.main()
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+def test_gallery(tmp_path, monkeypatch, capsys):
+    Image.fromarray(picture(300, 400)).save(tmp_path / "x.png")
+    pages = []
+    for seed in (0, 0, 1):
+        assert run_main(monkeypatch, tmp_path / "x.png", "-o", tmp_path / "g.png", "--seed", seed) == 0
+        pages.append(np.asarray(Image.open(tmp_path / "g.png")))
+    assert (pages[0] == pages[1]).all() and (pages[0] != pages[2]).any()
+    assert (pages[0][8:232, 8:232] == picture(300, 400)[38:262, 88:312]).all()  # the middle, as it is
+    for arguments in ((tmp_path / "no.png",), (tmp_path / "x.png", "-o", tmp_path / "no" / "g.png"),
+                      (tmp_path / "x.png", "-o", tmp_path / "g.nonsense")):
+        assert run_main(monkeypatch, *arguments) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("augment.py: error: ") and error.count("\n") == 1
+
+
+def test_no_look_for_updates_and_no_threads():
+    assert os.environ["NO_ALBUMENTATIONS_UPDATE"] == "1" and cv2.getNumThreads() == 1
+
+
+def test_real_smears(corpus):
+    chula = os.environ.get("CHULA", os.path.join(ROOT, "..", "shared", "data", "chula-rbc-12"))
+    if not os.path.isdir(chula):
+        pytest.skip("no Chula RBC-12: set CHULA to its folder")
+    p = Patches([os.path.join(chula, "smears")])
+    assert len(p) == 9 * len(p.files) and not p.skipped  # 640 x 480 each
+    global_views, local_views = MultiCrop()(p[len(p) // 2], sample_rng(0, 0, 0))
+    assert global_views.std() > 1 and local_views.shape == (1, 3, 98, 98)
+
+
+def test_importable_twice():
+    assert len(importlib.reload(augment).TRANSFORMS) == 32
