@@ -28,7 +28,7 @@ logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, RGB in 0..1, which DINOv2's weights expect
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
-MAX_PIXELS = 50_000_000  # 7,000 x 7,000; RGBA laid on white takes the most, 15 bytes a pixel: 0.75 GB, under 1 GiB
+MAX_PIXELS = 40_000_000  # 6,324 x 6,324; reading one takes up to 0.9 GiB (WebP with transparency that EXIF turns)
 
 
 class UserError(Exception):
@@ -103,8 +103,9 @@ def read_image(path, header_only=False):
 # ---------------------------------------------------------------------------------------------------------------------
 # Patches. RedDino: patches cut from whole smears beat segmented cells, so an image counts as its 224 x 224 windows.
 # A bare grid drops 35% of a 640 x 480 smear; windows spread evenly from edge to edge (3 x 3, overlapping by 16 and 96
-# pixels) keep all of it. Every read decodes the whole file: 2.3 ms for a 640 x 480 JPEG, a fifth of what its views
-# take. A cache of the last decoded image was tried: in random order it is never hit.
+# pixels) keep all of it. Every read decodes the whole file: 2.3 ms for a 640 x 480 JPEG, a third of what its views take
+# (but ten times that for 5 megapixels). Keeping the last image decoded would not help: order is random, so that among
+# n files it is the right one once in n reads.
 
 def window_starts(length, patch_size):
     """Where the fewest windows begin that cover 0..length, evenly spaced; one (the whole) if patch_size is 0."""
@@ -125,7 +126,6 @@ class Patches:
         self.sizes, ends = [], [0]  # of each file: (height, width); one past its last patch
         if len({os.path.realpath(f) for f in folders}) < len(folders):
             raise UserError(f"--data names a folder twice: {' '.join(map(repr, folders))}")
-
         for folder in folders:
             begin, found = ends[-1], find_images(folder)
             if not found:
@@ -173,15 +173,15 @@ class Patches:
 # defaults of the library's 1.4; the paper counts 32. We leave out RandomFog, which alone takes 41 of their 88 ms.
 # Every parameter is written out, for the names alone mean something else in 2.0.8 (GaussNoise went from a standard
 # deviation of 3-7 grey levels to 51-112). Six do something else there, or take long; their form in 1.4 follows.
-# Times: one 224 x 224 image on one core, 2.0.8's -> ours. GlassBlur and RandomSunFlare give the same, cheaper.
+# Times: one 224 x 224 image on one core, 2.0.8's -> ours.
 
-class FancyPCA(A.FancyPCA):  # 7.7 -> 0.4 ms; 2.0.8 stretches colours along the axes, 1.4 (and AlexNet) shift them
+class FancyPCA(A.FancyPCA):  # 7.7 -> 0.5 ms; 2.0.8 stretches colours along the axes, 1.4 (and AlexNet) shift them
     def apply(self, img, alpha_vector, **params):
         variances, axes = np.linalg.eigh(np.cov(img.reshape(-1, 3)[::7] / 255, rowvar=False))  # every 7th pixel will do
         return cv2.add(img, (*np.rint(255 * axes @ (alpha_vector * variances)), 0))
 
 
-class GlassBlur(A.GlassBlur):  # 13.8 -> 1.3 ms; each pixel comes from a random walk of `iterations` steps away
+class GlassBlur(A.GlassBlur):  # 13.8 -> 0.8 ms; each pixel comes from a random walk of `iterations` steps away
     def get_params_dependent_on_data(self, params, data):
         shape = (self.iterations, 2, *params["shape"][:2])
         steps = self.random_generator.integers(-self.max_delta, self.max_delta, shape, np.int8)
@@ -193,7 +193,7 @@ class GlassBlur(A.GlassBlur):  # 13.8 -> 1.3 ms; each pixel comes from a random 
         return cv2.GaussianBlur(img, (0, 0), self.sigma)
 
 
-class ISONoise(A.ISONoise):  # 3.2 -> 1.6 ms; 2.0.8 lost factors of 255 and 360: no hue noise, sparse specks for grain
+class ISONoise(A.ISONoise):  # 3.2 -> 1.5 ms; 2.0.8 lost factors of 255 and 360: no hue noise, sparse specks for grain
     def apply(self, img, color_shift, intensity, random_seed, **params):
         hue, lightness, saturation = cv2.split(cv2.cvtColor(img / np.float32(255), cv2.COLOR_RGB2HLS))
         colour, grain = np.random.default_rng(random_seed).standard_normal((2, *img.shape[:2]), np.float32)
@@ -224,7 +224,7 @@ class RandomShadow(A.RandomShadow):  # 1.4 halves HLS lightness, which keeps the
         return cv2.cvtColor(hls, cv2.COLOR_HLS2RGB)
 
 
-class RandomSunFlare(A.RandomSunFlare):  # 7.3 -> 1.0 ms; 2.0.8 dims the flare, in 1.4 its middle is pure white
+class RandomSunFlare(A.RandomSunFlare):  # 7.3 -> 0.9 ms; 2.0.8 dims the flare, in 1.4 its middle is pure white
     def apply(self, img, flare_center, circles, **params):
         ghosts = img.copy()
         for alpha, centre, radius, colour in circles:
@@ -264,10 +264,10 @@ GROUPS = {
     ],
     # A 100x oil objective is in focus over about 0.5 um, a cell is 2 um thick: some part of a smear is always soft.
     "focus and edges": [
-        A.Blur(blur_limit=(3, 7), p=P),
+        A.Blur(blur_limit=(3, 7), p=P),  # 1.4.3 drew 3-7 here and for MedianBlur, but by a slip always used 3
         A.GaussianBlur(blur_limit=(3, 7), sigma_limit=(0.8, 1.4), p=P),  # 1.4: the sigma that belongs to the kernel
         A.MedianBlur(blur_limit=(3, 7), p=P),  # denoising in the camera
-        A.MotionBlur(blur_limit=(3, 7), allow_shifted=True, p=P),  # a stage still moving, as in slide scanners
+        A.MotionBlur(blur_limit=(3, 7), allow_shifted=True, p=P),  # a moving stage; 2.0.8 smears a third less far
         A.Defocus(radius=(3, 10), alias_blur=(0.1, 0.5), p=P),  # the upper end loses a cell's inner structure
         GlassBlur(sigma=0.7, max_delta=4, iterations=2, p=P),  # dirt on the lens, dried oil: rare and milder
         A.Sharpen(alpha=(0.2, 0.5), lightness=(0.5, 1.0), method="kernel", p=P),  # the camera's default, often
@@ -275,8 +275,9 @@ GROUPS = {
         A.RingingOvershoot(blur_limit=(7, 15), cutoff=(math.pi / 4, math.pi / 2), p=P),  # condenser closed too far
     ],
     "sensor and file": [
-        A.GaussNoise(std_range=(10**0.5 / 255, 50**0.5 / 255), mean_range=(0, 0), per_channel=True, p=P),  # short
-        ISONoise(color_shift=(0.01, 0.05), intensity=(0.1, 0.5), p=P),  # exposure, high gain: fluorescence, phones
+        # Short exposure, high gain. 1.4's variance of 10-50 is 3.2-7.1 grey levels; 2.0.8 loses 0.4 by truncation.
+        A.GaussNoise(std_range=(3.6 / 255, 7.5 / 255), mean_range=(0, 0), per_channel=True, p=P),
+        ISONoise(color_shift=(0.01, 0.05), intensity=(0.1, 0.5), p=P),
         A.MultiplicativeNoise(multiplier=(0.9, 1.1), per_channel=False, elementwise=False, p=P),  # lamp flicker
         A.Downscale(scale_range=(0.25, 0.25), p=P,  # a lower objective or digital zoom; real ones do not alias so
                     interpolation_pair={"downscale": cv2.INTER_NEAREST, "upscale": cv2.INTER_NEAREST}),
@@ -357,7 +358,7 @@ class MultiCrop:
         size, scale = self.crops[v]
         view = random_resized_crop(patch, size, scale, rng, cv2.INTER_CUBIC if self.dinov2 else cv2.INTER_LINEAR)
         # RedDino: four different ones of the 32, each with its p. (In 1.4 SomeOf drew with replacement and ignored p.)
-        for transform in DINOV2[min(v, 2)] if self.dinov2 else rng.choice(TRANSFORMS, 4, replace=False):
+        for transform in DINOV2[min(v, 2)] if self.dinov2 else python_rng.sample(TRANSFORMS, 4):
             transform.set_random_state(rng, python_rng)
             view = transform(image=view)["image"]
         if not self.dinov2:  # RedDino: a smear has no up or left; the release flips and turns with 0.85, not 0.5
