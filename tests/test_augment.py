@@ -49,7 +49,8 @@ def test_corpus_is_read_or_named(corpus):
     assert find_images(folder) == sorted(find_images(folder))
     for path, size in good.items():
         image = read_image(path)
-        assert image.dtype == np.uint8 and image.shape == (*size, 3) and image.flags.c_contiguous, path
+        assert image.dtype == np.uint8 and image.shape == (*size, 3), path
+        assert image.flags.c_contiguous and image.flags.writeable and (read_image(path, writable=False) == image).all()
         assert read_image(path, header_only=True) == size
     for path, word in bad.items():
         with pytest.raises(BadImage) as error:
@@ -179,7 +180,8 @@ def test_patches_are_the_image(tmp_path, height, width, patches):
     p, seen = Patches([str(tmp_path)]), np.zeros((height, width), int)
     assert len(p) == patches and p.sources == [(str(tmp_path), 0, patches)]
     for patch in (p[i] for i in (range(patches) if patches < 30 else (0, patches // 2, patches - 1))):
-        assert patch.shape == (min(height, 224), min(width, 224), 3) and patch.flags.c_contiguous
+        assert patch.shape == (min(height, 224), min(width, 224), 3)
+        assert patch.flags.c_contiguous and patch.flags.writeable
         tile, rows, columns = (patch[..., c].astype(int) for c in range(3))
         seen[tile // 32 * 256 + rows, tile % 32 * 256 + columns] += 1
     assert (seen > 0).all() or patches >= 30
