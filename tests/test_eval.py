@@ -1,0 +1,616 @@
+"""eval.py against scikit-learn, timm and closed forms; what must not leak; what a user can get wrong."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from corpus import picture
+from PIL import Image
+from sklearn import metrics
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedGroupKFold
+from sklearn.neighbors import KNeighborsClassifier
+
+import eval as ev
+from augment import UserError
+from reddino import build_vit
+
+torch.set_num_threads(1)
+HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+CHULA = os.environ.get("CHULA", os.path.join(HERE, "..", "shared", "data", "chula-rbc-12"))
+
+
+def blobs(n=300, d=20, classes=4, seed=0, spread=1.0):
+    """Gaussian classes, unbalanced, in correlated dimensions; float64."""
+    rng = np.random.default_rng(seed)
+    y = rng.choice(classes, n, p=np.arange(1, classes + 1) / np.arange(1, classes + 1).sum())
+    x = (spread * rng.normal(size=(classes, d))[y] + rng.normal(size=(n, d))) @ rng.normal(size=(d, d))
+    return torch.from_numpy(x), torch.from_numpy(y)
+
+
+DEGENERATE = {
+    "random": lambda x, y: (x, y),
+    "one constant feature": lambda x, y: (torch.cat([x, torch.full_like(x[:, :1], 3.7)], 1), y),
+    "a class in the middle is missing": lambda x, y: (x[y != 1], y[y != 1]),
+    "a class with one member": lambda x, y: (
+        torch.cat([x[y != 0], x[y == 0][:1]]),
+        torch.cat([y[y != 0], y[y == 0][:1]]),
+    ),
+    "duplicated points": lambda x, y: (torch.cat([x, x[:50]]), torch.cat([y, y[:50]])),
+    "fewer cells than features": lambda x, y: (x[:15], y[:15]),
+}
+
+
+def widened(x, like):
+    """With the constant feature, where training has it."""
+    return torch.cat([x, torch.full_like(x[:, :1], 3.7)], 1)[:, : like.shape[1]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Classifiers.
+
+
+@pytest.mark.parametrize("case", DEGENERATE)
+@pytest.mark.parametrize("k", [1, 20])
+def test_knn_is_scikit_learns(case, k):
+    x, y = blobs()
+    train_x, train_y = DEGENERATE[case](x[:200], y[:200])
+    test_x = widened(x[200:], train_x)
+    k = min(k, len(train_x))
+    reference = KNeighborsClassifier(k, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07)).fit(train_x, train_y)
+    probs = ev.knn(train_x, train_y, test_x, k, n_classes=4).numpy()
+    np.testing.assert_allclose(probs[:, reference.classes_], reference.predict_proba(test_x), atol=1e-9)
+    np.testing.assert_allclose(probs.sum(1), 1)
+
+
+def test_knn_with_more_neighbours_than_cells_and_with_zeros():
+    x, y = torch.zeros(5, 3), torch.tensor([0, 0, 0, 1, 1])
+    np.testing.assert_allclose(ev.knn(x, y, x[:2], k=20), [[0.6, 0.4]] * 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize("case", DEGENERATE)
+@pytest.mark.parametrize("l2", [1e-1, 1e-3])
+def test_linear_probe_is_scikit_learns(case, l2):
+    x, y = blobs(spread=0.3)
+    train_x, train_y = DEGENERATE[case](x[:200], y[:200])
+    test_x = widened(x[200:], train_x)
+    mean, std = train_x.mean(0), train_x.std(0, correction=0)
+    std[std < 1e-9] = 1
+    reference = LogisticRegression(C=1 / (l2 * len(train_x)), tol=1e-10, max_iter=100_000)
+    reference.fit((train_x - mean) / std, train_y)
+    probs = ev.linear_probe(train_x, train_y, test_x, l2, n_classes=4).numpy()
+    expected = np.zeros_like(probs)
+    expected[:, reference.classes_] = reference.predict_proba((test_x - mean) / std)
+    if len(reference.classes_) > 2:  # with two, scikit-learn has one weight vector, and the penalty is another
+        np.testing.assert_allclose(probs, expected, atol=0.005)
+    absent = sorted(set(range(4)) - set(train_y.tolist()))
+    assert (probs[:, absent] == 0).all()
+
+
+def test_linear_probe_reaches_the_minimum_in_float32_on_hard_features():
+    """Features as correlated as a ViT's (condition number 1e5): the objective is within 1e-4 of scikit-learn's."""
+    x, y = blobs(1000, 100, 5, spread=0.2)
+    x = x @ torch.diag(torch.logspace(0, -5, 100, dtype=x.dtype)) @ torch.randn(100, 100, dtype=x.dtype)
+    x = (x - x.mean(0)) / x.std(0, correction=0)
+    for l2 in (1e-1, 1e-4):
+        best = LogisticRegression(C=1 / (l2 * len(x)), tol=1e-9, max_iter=100_000).fit(x, y)
+        weight = torch.from_numpy(best.coef_)
+        penalty = l2 / 2 * weight.square().sum().item()
+        target = metrics.log_loss(y, best.predict_proba(x)) + penalty
+        probs = ev.linear_probe(x.float(), y, torch.cat([x, torch.zeros(1, 100), torch.eye(100)]).float(), l2).double()
+        logits = probs.log()
+        own = (logits[1001:] - logits[1000]).T  # the weights, read off the answers to unit vectors, up to a constant
+        own = own - own.mean(0)
+        found = (
+            metrics.log_loss(y, probs[:1000] / probs[:1000].sum(1, keepdim=True)) + l2 / 2 * own.square().sum().item()
+        )
+        assert abs(found - target) < 1e-4 * target
+
+
+def test_linear_probe_path_is_the_single_fits():
+    x, y = blobs(spread=0.3)
+    path = ev.linear_probe(x[:200], y[:200], x[200:], [1e-1, 1e-2, 1e-3])
+    for l2, probs in zip([1e-1, 1e-2, 1e-3], path):
+        np.testing.assert_allclose(probs, ev.linear_probe(x[:200], y[:200], x[200:], l2), atol=0.005)
+
+
+def test_tuned_probe_takes_the_strength_that_is_best_on_held_out_groups():
+    x, y = blobs(400, 60, 3, spread=0.15)  # noise enough for the weakest penalties to overfit
+    groups = np.arange(400) // 5
+    held = ev.held_out(groups, y.numpy(), 0)
+    assert 0.1 < held.mean() < 0.3
+    assert not set(groups[held]) & set(groups[~held])
+    f1 = [metrics.f1_score(y[held], ev.linear_probe(x[~held], y[~held], x[held], l2).argmax(1), average="weighted")
+          for l2 in ev.L2]  # fmt: skip
+    best = ev.L2[int(np.argmax(f1))]
+    assert best != ev.L2[-1]
+    np.testing.assert_allclose(ev.tuned_probe(x, y, x[:9], groups, 3), ev.linear_probe(x, y, x[:9], best), atol=1e-9)
+    assert not ev.held_out(np.zeros(9, int), np.zeros(9, int), 0).any()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics, folds, bootstrap.
+
+
+@pytest.mark.parametrize("truth", [[0, 1, 2, 3], [0, 2, 3], [2], [0, 1]], ids=str)
+@pytest.mark.parametrize("called", [[0, 1, 2, 3], [1, 3], [2]], ids=str)
+@pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
+def test_scores_are_scikit_learns(truth, called):
+    rng = np.random.default_rng(0)
+    truth, guess = rng.choice(truth, 97), rng.choice(called, 97)
+    found = ev.scores(ev.confusion(truth, guess, 4))
+    np.testing.assert_array_equal(
+        ev.confusion(truth, guess, 4), metrics.confusion_matrix(truth, guess, labels=range(4))
+    )
+    assert found["accuracy"] == pytest.approx(metrics.accuracy_score(truth, guess))
+    assert found["balanced_accuracy"] == pytest.approx(metrics.balanced_accuracy_score(truth, guess))
+    for average in ("weighted", "macro"):
+        expected = metrics.f1_score(truth, guess, average=average, zero_division=0)
+        assert found[f"{average}_f1"] == pytest.approx(expected)
+
+
+def test_auroc_is_scikit_learns():
+    rng = np.random.default_rng(0)
+    for levels in (2, 5, 1000):  # with many ties, with few
+        truth, score, weight = rng.random(200) < 0.3, rng.integers(0, levels, 200) / levels, rng.integers(0, 4, 200)
+        assert ev.auroc(truth, score) == pytest.approx(metrics.roc_auc_score(truth, score))
+        assert ev.auroc(truth, score, weight) == pytest.approx(
+            metrics.roc_auc_score(truth, score, sample_weight=weight)
+        )
+    assert ev.auroc(truth, np.zeros(200)) == 0.5
+    assert np.isnan(ev.auroc(np.ones(5, bool), np.arange(5.0)))
+
+
+@pytest.mark.parametrize("n_classes", [2, 3])
+def test_bootstrap_draws_groups(n_classes):
+    """Each replicate is what scikit-learn gives on the cells of the groups drawn, repeated as often as drawn."""
+    rng = np.random.default_rng(1)
+    truth, group = rng.integers(0, n_classes, 120), rng.permutation(np.repeat([3, 5, 7, 11, 20, 21], 20))
+    probs = rng.dirichlet(np.ones(n_classes), 120)
+    row, times = ev.judge(truth, probs, group, seed=4), ev.bootstrap(6, seed=4)
+    assert (times.sum(1) == 6).all()
+    index = np.unique(group, return_inverse=True)[1]
+    for r in range(20):
+        cells = np.repeat(np.arange(120), times[r][index].astype(int))
+        guess = probs.argmax(1)[cells]
+        assert row["again"]["accuracy"][r] == pytest.approx(metrics.accuracy_score(truth[cells], guess))
+        assert row["again"]["weighted_f1"][r] == pytest.approx(
+            metrics.f1_score(truth[cells], guess, average="weighted")
+        )
+        if n_classes == 2:
+            assert row["again"]["auroc"][r] == pytest.approx(metrics.roc_auc_score(truth[cells], probs[cells, 1]))
+
+
+def test_interval_knows_that_cells_of_a_group_err_together():
+    """50 groups of 20 cells that are right or wrong as a whole: the standard error is that of 50 answers."""
+    right = np.repeat(np.random.default_rng(0).random(50) < 0.7, 20)
+    probs = np.where(right[:, None], [1.0, 0.0], [0.0, 1.0])
+    row = ev.judge(np.zeros(1000, int), probs, np.repeat(np.arange(50), 20))
+    p = right.mean()
+    assert row["again"]["accuracy"].std() == pytest.approx(np.sqrt(p * (1 - p) / 50), rel=0.1)
+
+
+def test_folds_keep_groups_whole_and_classes_even():
+    rng = np.random.default_rng(0)
+    for seed in range(5):
+        groups = rng.permutation(1000)[rng.integers(0, 80, 1500)]
+        labels = (rng.choice(6, 1500, p=[0.5, 0.2, 0.1, 0.1, 0.07, 0.03]) + groups) % 6  # classes cluster in groups
+        fold = ev.group_folds(groups, labels, 5, seed)
+        assert set(fold) == {0, 1, 2, 3, 4}
+        assert all(len(set(fold[groups == g])) == 1 for g in set(groups))
+        reference = np.zeros(1500, int)
+        for f, (_, test) in enumerate(
+            StratifiedGroupKFold(5, shuffle=True, random_state=seed).split(labels, labels, groups)
+        ):
+            reference[test] = f
+
+        def unevenness(fold, labels=labels):
+            share = np.array(
+                [[(labels[fold == f] == c).sum() / (labels == c).sum() for c in range(6)] for f in range(5)]
+            )
+            return np.abs(share - 0.2).mean()
+
+        assert unevenness(fold) < 1.2 * unevenness(reference)
+    assert set(ev.group_folds(np.array([7, 7, 9]), np.array([0, 1, 0]), 5)) == {0, 1}  # two groups, two folds
+
+
+def test_no_leak():
+    """The label is a property of the group, and features tell the group: chance by groups, all right by cells."""
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(100), 10)
+    labels = rng.permutation(np.repeat([0, 1], 50))[groups]
+    x = torch.from_numpy(rng.normal(size=(100, 200))[groups] + 0.01 * rng.normal(size=(1000, 200))).float()
+
+    def score(groups, **kept):
+        cells = ev.Cells(["f"], np.arange(1000), None, labels, ["a", "b"], groups, "image", None, [], None, "")
+        parts = ev.make_splits(cells, np.ones(1000, bool), 5, 0)["5 folds by image"]
+        for train, test in parts:
+            assert not set(groups[train]) & set(groups[test])
+        assert sorted(np.concatenate([test for _, test in parts])) == list(range(1000))
+        return {k: row["accuracy"] for k, row in ev.measure(x, cells, parts, ("knn", "linear"), 0).items()}
+
+    for accuracy in score(groups).values():
+        assert 0.35 < accuracy < 0.65  # 100 groups: one standard deviation is 0.05
+    for accuracy in score(np.arange(1000)).values():
+        assert accuracy == 1
+
+
+def test_study_level_against_scikit_learn():
+    rng = np.random.default_rng(0)
+    group = np.repeat(np.arange(40), 8)
+    sick = rng.random(40) < 0.5
+    truth = (sick[group] & (rng.random(320) < 0.3)).astype(int)  # a study is sick if any of its slices is
+    probs = np.stack([1 - (p := np.clip(0.3 * truth + rng.random(320) * 0.7, 0, 1)), p], 1)
+    rows = ev.study_level(truth, probs, group, 0)
+    has = [truth[group == g].any() for g in range(40)]
+    healthy = [not truth[group == g].all() for g in range(40)]
+    for pool, f in (("mean", np.mean), ("maximum", np.max)):
+        expected = [metrics.roc_auc_score(h, [f(probs[group == g, c]) for g in range(40)])
+                    for c, h in ((0, healthy), (1, has)) if 0 < sum(h) < 40]  # fmt: skip
+        assert rows[f"{pool} of a study"]["auroc"] == pytest.approx(np.mean(expected))
+    assert ev.study_level(np.zeros(320, int), probs, group, 0) == {}
+
+
+def test_few_shot_takes_so_many_a_class():
+    x, y = blobs(600, 10, 3, spread=3.0)
+    cells = ev.Cells([], np.arange(600), None, y.numpy(), ["a", "b", "c"], np.arange(600), "image", None, [], None, "")
+    parts = ev.make_splits(cells, np.ones(600, bool), 5, 0)["5 folds by image"]
+    rows = {shots: ev.few_shot(x, y, cells, parts, shots, 0) for shots in (1, 5, 50, 500)}
+    assert rows[1]["accuracy"] < rows[5]["accuracy"] < rows[50]["accuracy"]
+    assert rows[1]["deviation"]["accuracy"] == pytest.approx(np.std(rows[1]["again"]["accuracy"], ddof=1))
+    assert len(rows[1]["again"]["accuracy"]) == 20 and rows[500] == {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images and backbones.
+
+
+def test_window_goes_on_at_the_edge():
+    image = picture(40, 50)
+    padded = np.pad(image, ((30, 30), (30, 30), (0, 0)), mode="edge")
+    for left, top in ((-10, -20), (20, 10), (45, 35)):
+        found = ev.window(image, left, top, 24).permute(1, 2, 0).numpy()
+        np.testing.assert_array_equal(found, padded[top + 30 : top + 54, left + 30 : left + 54])
+
+
+def test_network_input_is_pillows_bicubic():
+    image = picture(80, 80)
+    found = ev.network_input(torch.from_numpy(image).permute(2, 0, 1)[None], (32, 32), torch.device("cpu"))[0]
+    small = np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC)) / 255
+    expected = (small - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    assert np.abs(found.permute(1, 2, 0).numpy() - expected).max() < 2.5 / 255 / 0.22  # a grey level or two
+
+
+def test_colour_is_a_histogram_and_pixels_are_pixels():
+    image = picture(64, 64)
+    backbone = ev.load_backbone("colour", device="cpu")
+    found = ev.extract_features(backbone, [image, image[::-1, ::-1]])
+    expected = np.concatenate([np.histogram(image[..., c], 32, (0, 256))[0] for c in range(3)])
+    np.testing.assert_allclose(found[0].square() * 64 * 64, expected, atol=1e-2 * 64 * 64)  # 8 levels a bin, rounding
+    torch.testing.assert_close(found[0], found[1])  # where things are does not matter
+    assert found.shape == (2, 96)
+    assert ev.extract_features(ev.load_backbone("pixels", device="cpu"), [image]).shape == (1, 3 * 16 * 16)
+
+
+@pytest.fixture(scope="module")
+def timm_vits():
+    import timm
+
+    torch.manual_seed(0)
+    options = dict(img_size=224, depth=2, num_classes=0, init_values=1.0)
+    return {n: timm.create_model(f"vit_small_patch14{'_reg4' if n else ''}_dinov2", **options).eval() for n in (0, 4)}
+
+
+def test_every_layout_of_weights_gives_the_same_features(timm_vits, tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    model = timm_vits[0]
+    own = {k: v.clone() for k, v in model.state_dict().items()}
+    dinov2 = own | {"mask_token": torch.zeros(1, 384)}
+    torch.save(own, tmp_path / "timm.pth")
+    safetensors.save_file(own, tmp_path / "timm.safetensors")
+    torch.save(dinov2, tmp_path / "dinov2.pth")
+    head = {"dino_head.mlp.0.weight": torch.zeros(4, 4)}
+    torch.save({"teacher": {f"backbone.{k}": v for k, v in dinov2.items()} | head}, tmp_path / "reddino.pth")
+    images = [picture(224, 224, seed) for seed in range(3)]
+    x = torch.stack([torch.from_numpy(i) for i in images]).permute(0, 3, 1, 2).float() / 255
+    x = (x - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+    with torch.inference_mode():
+        expected = model.forward_features(x)
+    for name in ("timm.pth", "timm.safetensors", "dinov2.pth", "reddino.pth"):
+        backbone = ev.load_backbone(str(tmp_path / name), device="cpu")
+        assert backbone.size == 224
+        cls, patches = ev.extract_features(backbone, images, patch_tokens=True)
+        torch.testing.assert_close(cls, expected[:, 0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(patches, expected[:, 1:], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ev.extract_features(backbone, images), cls)
+
+
+def test_registers(timm_vits, tmp_path):
+    model = timm_vits[4]
+    torch.save(model.state_dict(), tmp_path / "reg.pth")
+    image = picture(224, 224)
+    backbone = ev.load_backbone(str(tmp_path / "reg.pth"), device="cpu")
+    with torch.inference_mode():
+        x = ev.network_input(torch.from_numpy(image).permute(2, 0, 1)[None], (224, 224), torch.device("cpu"))
+        expected = model.forward_features(x)[:, 0]
+    torch.testing.assert_close(ev.extract_features(backbone, [image]), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_torchvision_classifier_without_its_last_stage():
+    backbone = ev.load_backbone("random:resnet18", device="cpu", seed=3)
+    seen = []
+    backbone[0].avgpool.register_forward_hook(lambda module, given, out: seen.append(out.flatten(1)))
+    found = ev.extract_features(backbone, [picture(64, 64)])
+    torch.testing.assert_close(found, seen[0])
+    assert found.shape == (1, 512) and backbone.size == 224
+    assert ev.load_backbone("random:resnet18", device="cpu", seed=3).digest == backbone.digest
+    assert ev.load_backbone("random:resnet18", device="cpu", seed=4).digest != backbone.digest
+
+
+def test_random_takes_the_shape_of_a_checkpoint_and_tells_images_apart():
+    like = build_vit("nano", img_size=32, embed_dim=128, depth=3, heads=2)
+    random = ev.load_backbone("random", device="cpu", like=like)
+    assert {k: v.shape for k, v in random.state_dict().items()} == {k: v.shape for k, v in like.state_dict().items()}
+    x = ev.extract_features(random, [picture(80, 80, seed) for seed in range(9)])
+    assert (x - x.mean(0)).norm() > 1e-2 * x.norm()  # with LayerScale 1e-5 it would be some 1e-5
+
+
+def test_fine_tuning_learns_and_leaves_the_backbone_alone():
+    """Stripes of any phase and direction; the middle is darker in one class."""
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    label = rng.integers(0, 2, 240)
+    wave = 127 + 120 * np.sin(np.arange(16) * 1.5 + rng.uniform(0, 6, 240)[:, None])
+    crops = np.stack([np.broadcast_to(w[:, None] if rng.random() < 0.5 else w, (3, 16, 16)) for w in wave])
+    crops = crops.astype(np.uint8)
+    crops[label == 1, :, 6:10, 6:10] //= 3
+    cells = ev.Cells([], np.arange(240), None, label, ["a", "b"], np.arange(240), "image", None, [], None, "")
+    backbone = build_vit("nano", img_size=16, embed_dim=64, depth=2, heads=1, layerscale=1.0).requires_grad_(False)
+    backbone.size, backbone.device = 16, torch.device("cpu")
+    before = {k: v.clone() for k, v in backbone.state_dict().items()}
+    probs = ev.fine_tune(backbone, torch.from_numpy(crops), cells, np.arange(160), np.arange(160, 240), epochs=20)
+    assert (probs.argmax(1).numpy() == label[160:]).mean() > 0.8
+    assert all(torch.equal(v, before[k]) for k, v in backbone.state_dict().items())  # the one given is not touched
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole.
+
+
+def draw_cells(folder, images=8, size=(120, 160)):
+    """Smears with eight cells each: bright or dark discs, and a CSV; two sources. Returns the CSV's path."""
+    rng = np.random.default_rng(0)
+    lines = ["image,x,y,label,source"]
+    for i in range(images):
+        image = np.full((*size, 3), 200 - 20 * (i % 2), np.uint8)
+        for j in range(8):
+            x, y, dark = 20 + 40 * (j % 4), 30 + 60 * (j // 4), rng.random() < 0.5
+            yy, xx = np.ogrid[: size[0], : size[1]]
+            image[(yy - y) ** 2 + (xx - x) ** 2 < 100] = (90, 60, 90) if dark else (240, 150, 160)
+            lines.append(f"{i}.png,{x},{y},{'dark' if dark else 'bright'},{'ab'[i % 2]}")
+        Image.fromarray(image).save(folder / f"{i}.png")
+    (folder / "cells.csv").write_text("\n".join(lines) + "\n")
+    return folder / "cells.csv"
+
+
+def test_whole_evaluation_of_a_csv(tmp_path):
+    data, said = draw_cells(tmp_path), []
+    vit = build_vit("nano", img_size=16, embed_dim=64, depth=1, heads=1, layerscale=1.0)
+    torch.save(vit.state_dict(), tmp_path / "backbone.pth")
+    weights = {"untrained": "random", "ours": tmp_path / "backbone.pth", "colour": "colour"}
+    out = tmp_path / "out"
+    result = ev.evaluate(data, weights, crop=24, out=out, figures=None, log=said.append)
+    names = {(r["protocol"], r["split"]) for r in result["rows"]}
+    few = {(f"few-shot, {n} a class", "5 folds by image") for n in (1, 5, 10)}
+    assert names == few | {
+        (p, s) for p in ("1-NN", "20-NN", "linear probe") for s in ("5 folds by image", "one source left out")
+    }
+    rows = {(r["weights"], r["protocol"], r["split"]): r for r in result["rows"]}
+    assert [r["weights"] for r in result["rows"]][:3] == list(weights)
+    row = rows["colour", "linear probe", "5 folds by image"]
+    assert row["accuracy"] == 1 and row["interval"]["accuracy"] == [1, 1] and row["auroc"] == 1
+    assert row["recall"] == {"bright": 1, "dark": 1} and sum(map(sum, row["confusion"])) == 64 == row["cells"]
+    assert set(row["by_source"]) == {"a", "b"}
+    want = {"weights": "untrained", "minus": "colour", "metric": "accuracy", "protocol": "1-NN"}
+    pair = next(p for p in result["pairs"] if want.items() <= p.items())
+    expected = rows["untrained", "1-NN", pair["split"]]["accuracy"] - rows["colour", "1-NN", pair["split"]]["accuracy"]
+    assert (
+        pair["difference"] == pytest.approx(expected)
+        and pair["interval"][0] <= pair["difference"] <= pair["interval"][1]
+    )
+    assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(result))
+    assert len((out / "results.csv").read_text().splitlines()) == 1 + len(result["rows"])
+    assert (out / "results.md").read_text().count("\n| **") == len(names)  # one best line for each
+    assert all(f"{protocol}, {split}" in said[-1] for protocol, split in names)
+
+    extracted = [s for s in said if "features of" in s]  # a second time, another protocol: no image is decoded
+    again = ev.evaluate(data, weights, protocols=["knn"], crop=24, out=out, log=said.append)
+    assert len(extracted) == 3 == len([s for s in said if "features of" in s])
+    assert [r for r in again["rows"]] == [r for r in result["rows"] if "NN" in r["protocol"]]
+    ev.evaluate(data, weights, protocols=["knn"], crop=25, out=out, log=said.append)  # another crop: all anew
+    assert len([s for s in said if "features of" in s]) == 6
+
+
+def test_figures(tmp_path):
+    pytest.importorskip("matplotlib")
+    vit = build_vit("nano", img_size=16, embed_dim=128, depth=1, heads=2)
+    torch.save(vit.state_dict(), tmp_path / "backbone.pth")
+    ev.evaluate(
+        draw_cells(tmp_path), {"a b": tmp_path / "backbone.pth"}, crop=24, figures=tmp_path / "f", log=lambda _: 0
+    )
+    sizes = {p.name: Image.open(p).size for p in (tmp_path / "f").iterdir()}
+    assert {"few_shot.png", "confusion_a_b.png", "PCA_a_b.png", "smear_a_b.png"} <= set(sizes)
+    assert all(min(size) > 300 for size in sizes.values())
+
+
+def test_class_folders_broken_images_and_odd_shapes(tmp_path):
+    for c, level in (("dark", 60), ("bright", 200)):
+        for i in range(8):
+            os.makedirs(tmp_path / "data" / c / "deeper", exist_ok=True)
+            image = np.full((20 + 10 * i, 50), level, np.uint8) + np.random.default_rng(i).integers(
+                0, 9, (20 + 10 * i, 50)
+            )
+            Image.fromarray(image.astype(np.uint8)).save(tmp_path / "data" / c / "deeper" / f"{i}.png")
+    broken = tmp_path / "data" / "dark" / "broken.png"
+    broken.write_bytes(b"<html>")
+    said = []
+    result = ev.evaluate(tmp_path / "data", ["pixels", "colour"], ["knn"], out=tmp_path / "out", log=said.append)
+    assert result["cells"] == 16 and list(result["skipped"]) == [str(broken)]
+    assert len([s for s in said if "broken.png" in s]) == 1
+    assert (tmp_path / "out" / "skipped.txt").read_text().count("\n") == 1
+    assert {r["weights"]: r["accuracy"] for r in result["rows"] if r["protocol"] == "1-NN"}["colour"] == 1
+    for p in (tmp_path / "data" / "dark" / "deeper").iterdir():
+        p.write_bytes(b"no image")
+    with pytest.raises(UserError, match="9 of 17 images can't be read"):
+        ev.evaluate(tmp_path / "data", ["pixels"], ["knn"], log=said.append)
+
+
+def test_whole_image_keeps_its_shape():
+    """A long cell must not become a round one, nor lose its ends."""
+    image = np.full((10, 40, 3), 200, np.uint8)
+    image[3:7, 5:35] = 50
+    Image.fromarray(image).save(path := os.path.join(os.environ.get("TMPDIR", "/tmp"), f"long{os.getpid()}.png"))
+    cells = ev.Cells(
+        [path], np.zeros(1, int), None, np.zeros(1, int), ["a"], np.zeros(1, int), "image", None, [], None, ""
+    )
+    crop = ev.cut(cells, slice(0, 1), 80, 40)[0, 0].numpy()
+    os.remove(path)
+    np.testing.assert_array_equal(crop[15:25], image[..., 0])
+    assert (crop[:15] == 200).all() and (crop[25:] == 200).all()
+
+
+def test_split_column_and_groups(tmp_path):
+    draw_cells(tmp_path)
+    lines = (tmp_path / "cells.csv").read_text().split()
+    side = ["train", "train", "train", "test", "other", "train", "test", "test"]
+    split = [lines[0] + ",split"] + [f"{line},{side[int(line[0])]}" for line in lines[1:]]
+    (tmp_path / "split.csv").write_text("\n".join(split))
+    result = ev.evaluate(tmp_path / "split.csv", ["colour"], ["knn"], crop=24, log=lambda _: 0)
+    rows = {(r["protocol"], r["split"]): r for r in result["rows"]}
+    assert result["cells"] == 56 and rows["1-NN", "the CSV's split"]["cells"] == 24
+    cells = ev.read_cells(str(tmp_path / "split.csv"))
+    for train, test in ev.make_splits(cells, np.ones(56, bool), 5, 0)["one source left out"]:
+        assert (cells.split[train] == "train").all() and (cells.split[test] == "test").all()
+        assert not set(cells.source[train]) & set(cells.source[test])
+
+    grouped = [lines[0] + ",group"] + [f"{line},patient{int(line[0]) % 4}" for line in lines[1:]]
+    (tmp_path / "grouped.csv").write_text("\n".join(grouped))
+    cells = ev.read_cells(str(tmp_path / "grouped.csv"))
+    splits = ev.make_splits(cells, np.ones(64, bool), 5, 0)
+    assert list(splits) == ["4 folds by group", "one source left out"] and len(splits["4 folds by group"]) == 4
+
+
+def test_one_image_under_two_names_is_one_image(tmp_path):
+    draw_cells(tmp_path, images=4)
+    (tmp_path / "copy.png").write_bytes((tmp_path / "0.png").read_bytes())
+    lines = (tmp_path / "cells.csv").read_text().split()
+    lines = [line + ",split" * (line == lines[0]) for line in lines]
+    rows = [f"{line},{'train' if line[0] in '01' else 'test'}" for line in lines[1:]]
+    (tmp_path / "copied.csv").write_text("\n".join([lines[0], *rows, "copy.png,20,30,dark,a,test"]))
+    cells, said = ev.read_cells(str(tmp_path / "copied.csv")), []
+    assert len(set(cells.group[np.isin(cells.file, [0, 4])])) == 1 and len(set(cells.group)) == 4
+    train, _ = ev.make_splits(cells, np.ones(33, bool), 5, 0, said.append)["the CSV's split"][0]
+    assert set(cells.file[train]) == {1} and "8 cells are not trained on" in said[0]
+
+
+def test_joined_is_connected_components():
+    assert len(set(ev.joined(np.array([0, 0, 1, 2, 3]), np.array([5, 6, 6, 6, 7])))) == 2
+    chain = np.arange(50)
+    assert len(set(ev.joined(chain // 2, (chain + 1) // 2))) == 1
+
+
+def broken(tmp_path, edit):
+    lines = (tmp_path / "cells.csv").read_text().split("\n")
+    (tmp_path / "bad.csv").write_text("\n".join(edit(lines)))
+    return ["--data", str(tmp_path / "bad.csv"), "--weights", "pixels"]
+
+
+MISTAKES = {
+    "no such data": (lambda t: ["--data", str(t / "nothing"), "--weights", "pixels"], "no such file or folder"),
+    "a folder without classes": (lambda t: ["--data", str(t), "--weights", "pixels"], "0 cells, not of two classes"),
+    "no label": (lambda t: broken(t, lambda s: [s[0].replace("label", "class"), *s[1:]]), "no column label"),
+    "x without y": (lambda t: broken(t, lambda s: [s[0].replace(",y,", ",z,"), *s[1:]]), "no column y"),
+    "x is no number": (
+        lambda t: broken(t, lambda s: [s[0], s[1].replace(",20,", ",left,"), *s[2:]]),
+        "line 2: x is 'left'",
+    ),
+    "x is nan": (lambda t: broken(t, lambda s: [s[0], s[1].replace(",20,", ",nan,"), *s[2:]]), "line 2: x is 'nan'"),
+    "an empty label": (lambda t: broken(t, lambda s: [s[0], "0.png,20,30,,a", *s[2:]]), "line 2: label is ''"),
+    "fractions": (
+        lambda t: broken(
+            t, lambda s: [s[0], "0.png,.2,.3,a,a", "1.png,.2,.3,b,a", "0.png,.2,.3,b,a", "1.png,.2,.1,a,a"]
+        ),
+        "fractions",
+    ),
+    "an unknown image": (lambda t: broken(t, lambda s: [*s[:-1], "99.png,20,30,dark,a"]), "99.png, which is not there"),
+    "outside of its image": (lambda t: broken(t, lambda s: [*s[:-1], "1.png,500,30,dark,a"]), "x=500, y=30 is outside"),
+    "one member": (lambda t: broken(t, lambda s: [*s[:-1], "1.png,50,30,burr,a"]), "class 'burr' has one cell"),
+    "one class": (lambda t: broken(t, lambda s: [line.replace("dark", "bright") for line in s]), "not of two classes"),
+    "one image": (lambda t: broken(t, lambda s: s[:9]), "all cells are of one image"),
+    "unknown weights": (lambda t: ["--data", str(t / "cells.csv"), "--weights", "resnet5000"], "resnet5000"),
+    "no checkpoint": (lambda t: ["--data", str(t / "cells.csv"), "--weights", str(t / "0.png")], "0.png"),
+    "unknown protocol": (
+        lambda t: ["--data", str(t / "cells.csv"), "--weights", "pixels", "--protocols", "knnn"],
+        "knnn",
+    ),
+    "unknown option": (lambda t: ["--data", str(t / "cells.csv"), "--weights", "pixels", "--corp", "9"], "--corp"),
+    "a size that patches do not divide": (
+        lambda t: ["--data", str(t / "cells.csv"), "--weights", "random", "--size", "65"],
+        "65",
+    ),
+    "an unknown label to drop": (
+        lambda t: ["--data", str(t / "cells.csv"), "--weights", "pixels", "--drop-label", "x"],
+        "bright",
+    ),
+    "out is a file": (
+        lambda t: ["--data", str(t / "cells.csv"), "--weights", "pixels", "--out", str(t / "0.png")],
+        "written",
+    ),
+    "no such device": (
+        lambda t: ["--data", str(t / "cells.csv"), "--weights", "pixels", "--device", "tpu"],
+        "--device tpu",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes_get_one_line(case, tmp_path, capsys):
+    draw_cells(tmp_path, images=4)
+    arguments, words = MISTAKES[case]
+    out = [] if case == "out is a file" else ["--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as end:
+        ev.main(arguments(tmp_path) + out)
+    said = capsys.readouterr()
+    assert end.value.code == 2
+    assert said.err.startswith("eval.py: error: ") and said.err.count("\n") == 1 and words in said.err
+    assert said.out == ""  # nothing was done before
+
+
+def test_command_line(tmp_path):
+    data = draw_cells(tmp_path)
+    command = [
+        sys.executable,
+        os.path.join(HERE, "eval.py"),
+        "--data",
+        data,
+        "--weights",
+        "pixels",
+        "--protocols",
+        "knn",
+    ]
+    done = subprocess.run([*command, "--crop", "24", "--out", tmp_path / "o"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "1-NN, one source left out" in done.stdout and "\033" not in done.stdout
+    assert (tmp_path / "o" / "results.json").exists()
+
+
+def test_chula_is_read():
+    if not os.path.exists(CHULA):
+        pytest.skip("Chula RBC-12 is not here (environment variable CHULA)")
+    cells = ev.read_cells(os.path.join(CHULA, "cells.csv"), ["uncategorised"])
+    assert (len(cells.label), len(cells.classes), len(cells.files)) == (18561, 12, 499)
+    assert len(np.unique(cells.group)) == 481  # 18 files are there twice
