@@ -36,14 +36,16 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from augment import MEAN, STD, BadImage, UserError, find_images, read_image
-from reddino import build_vit, read_backbone, vit_from_state
+from reddino import VisionTransformer, build_vit, read_backbone, vit_from_state
 
 PROTOCOLS = ("knn", "linear", "fewshot")
 SCORES = {"accuracy": "accuracy", "balanced_accuracy": "balanced", "macro_f1": "macro F1", "weighted_f1": "weighted F1",
@@ -64,8 +66,9 @@ class Cells:
     centre: np.ndarray | None  # [n, 2] x, y in pixels; None: an image is a cell
     label: np.ndarray  # index into classes
     classes: list[str]
-    group: np.ndarray  # cells with the same number stay together
-    by: str  # what a group is: "image", or "group" where the CSV says
+    image: np.ndarray  # cells with the same number are of one image: of files with the same content
+    group: np.ndarray  # cells with the same number stay together: the CSV's groups, or the images
+    by: str  # "group" or "image"
     source: np.ndarray | None  # index into sources
     sources: list[str]
     split: np.ndarray | None  # "train" or "test"
@@ -101,18 +104,6 @@ def file_digest(path: str) -> str:
         return hashlib.sha256(os.fsencode(path)).hexdigest()
 
 
-def joined(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """One number for all that share a value of `a` or a value of `b`, also by way of others: connected components."""
-    label, before = a, None
-    while before is None or (label != before).any():
-        before = label
-        for key in (a, b):
-            lowest = np.full(key.max() + 1, label.max())
-            np.minimum.at(lowest, key, label)
-            label = lowest[key]
-    return label
-
-
 def read_cells(data: str, drop_labels=()) -> Cells:
     """The labelled cells of a CSV or of class folders; UserError for all that would make their scores meaningless."""
     if not os.path.exists(data):
@@ -142,7 +133,7 @@ def read_cells(data: str, drop_labels=()) -> Cells:
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(file_digest, files))
     image = np.unique(digests, return_inverse=True)[1][file]  # under two names it is one (Chula has 18 such)
-    by, group = ("image", image) if group is None else ("group", joined(group, image))
+    by, group = ("image", image) if group is None else ("group", group)
     if len(np.unique(group if split is None else split)) < 2:
         raise UserError(f"--data {data}: all cells are of one {by if split is None else 'split'}; that can't be split")
     centre = np.array([(r["x"], r["y"]) for r in rows], float) if "x" in rows[0] else None
@@ -150,7 +141,7 @@ def read_cells(data: str, drop_labels=()) -> Cells:
         raise UserError(f"{data}: x and y look like fractions of the image's size; they have to be pixels")
     content = "".join(digests).encode() + file.tobytes() + (b"" if centre is None else centre.tobytes())
     content, split = hashlib.sha256(content).hexdigest(), None if split is None else np.array(splits)[split]
-    return Cells(files, file, centre, label, classes, group, by, source, sources, split, content)
+    return Cells(files, file, centre, label, classes, image, group, by, source, sources, split, content)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -183,10 +174,10 @@ def make_backbone(name: str, like: nn.Module | None) -> nn.Module:
     if kind == "random" and arch in list_models():
         return headless(get_model(arch))
     if kind == "random":  # LayerScale 1: at DINOv2's 1e-5 class tokens are alike up to rounding, which is a straw man
-        shape = {"img_size": 224 if arch else 64} if arch or like is None else {
-            "img_size": like.img_size, "patch_size": like.patch_size, "embed_dim": like.embed_dim,
-            "depth": len(like.blocks), "heads": like.embed_dim // 64, "swiglu": hasattr(like.blocks[0].mlp, "w12")}
-        return build_vit(arch or "nano", **shape, layerscale=1.0)
+        if arch or like is None:
+            return build_vit(arch or "nano", 224 if arch else 64, layerscale=1.0)
+        shape = like.img_size, like.patch_size, like.embed_dim, len(like.blocks), like.embed_dim // 64
+        return VisionTransformer(*shape, swiglu=hasattr(like.blocks[0].mlp, "w12"), layerscale=1.0)
     if name not in list_models() or os.path.exists(name):
         return vit_from_state(read_backbone(name))
     try:
@@ -235,12 +226,6 @@ def window(image: np.ndarray, left: int, top: int, side: int) -> Tensor:
     return torch.from_numpy(image[rows[:, None], columns]).permute(2, 0, 1)
 
 
-def resize(images: Tensor, size) -> Tensor:
-    """uint8 [B, 3, H, W] to [B, 3, *size], bicubic, antialiased; as bytes in channels-last order 8 times as fast."""
-    images = images.contiguous(memory_format=torch.channels_last)
-    return F.interpolate(images, size, mode="bicubic", antialias=True)
-
-
 def cut(cells: Cells, which: slice, crop: int, size: int) -> Tensor | BadImage:
     """The cells of one file, uint8 [k, 3, crop, crop]; or all of the file in a square of `size`, its shape kept."""
     path = cells.files[cells.file[which.start]]
@@ -251,7 +236,7 @@ def cut(cells: Cells, which: slice, crop: int, size: int) -> Tensor | BadImage:
     height, width = image.shape[:2]
     if cells.centre is None:
         height, width = (max(1, round(n * size / max(image.shape))) for n in (height, width))
-        image = resize(torch.from_numpy(image).permute(2, 0, 1)[None], (height, width))[0].permute(1, 2, 0).numpy()
+        image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
         return window(image, (width - size) // 2, (height - size) // 2, size)[None]
     for x, y in cells.centre[which]:
         if not (0 <= x <= width and 0 <= y <= height):
@@ -261,21 +246,21 @@ def cut(cells: Cells, which: slice, crop: int, size: int) -> Tensor | BadImage:
 
 
 def crops_of(cells: Cells, crop: int, size: int):
-    """Yields, for 64 files at a time, cell numbers, their crops uint8 [b, 3, side, side], and [BadImage, ...]."""
+    """Yields for 64 files at a time: cell numbers [b], crops uint8 [b, 3, side, side], bad files {path: reason}."""
     starts = [*np.flatnonzero(np.diff(cells.file, prepend=-1)), len(cells.file)]
     files = [slice(*ends) for ends in itertools.pairwise(starts)]
     with ThreadPoolExecutor() as pool:
         for i in range(0, len(files), 64):
-            read = list(pool.map(lambda which: cut(cells, which, crop, size), files[i : i + 64]))
-            good = [(which, crops) for which, crops in zip(files[i : i + 64], read) if isinstance(crops, Tensor)]
-            numbers = [n for which, _ in good for n in range(which.start, which.stop)]
-            bad = [crops for crops in read if isinstance(crops, BadImage)]
-            yield numbers, torch.cat([crops for _, crops in good]) if good else None, bad
+            read = list(pool.map(lambda which: (which, cut(cells, which, crop, size)), files[i : i + 64]))
+            good = [(torch.arange(which.start, which.stop), c) for which, c in read if isinstance(c, Tensor)]
+            numbers, crops = (torch.cat(t) for t in zip(*good)) if good else (torch.zeros(0).long(), None)
+            yield numbers, crops, {c.path: c.reason for _, c in read if isinstance(c, BadImage)}
 
 
 def network_input(images: Tensor, size, device: torch.device) -> Tensor:
-    """uint8 [B, 3, H, W] to float32 [B, 3, *size], normalised as DINOv2's weights expect."""
-    images = resize(images, size).to(device).float() / 255
+    """uint8 [B, 3, H, W] to float32 [B, 3, *size]: bicubic, antialiased, normalised as DINOv2's weights expect."""
+    images = images.contiguous(memory_format=torch.channels_last)  # bytes in this order are resized 8 times as fast
+    images = F.interpolate(images, size, mode="bicubic", antialias=True).to(device).float() / 255
     return (images - images.new_tensor(MEAN)[:, None, None]) / images.new_tensor(STD)[:, None, None]
 
 
@@ -311,20 +296,20 @@ def embed(label: str, backbone: nn.Module, cells: Cells, crop: int, out, log) ->
     cache = out and os.path.join(out, "features", key.hexdigest()[:32] + ".pt")
     if out and os.path.exists(cache):
         return tuple(torch.load(cache, weights_only=True))
-    features, skipped, done, began, told = torch.zeros(0), {}, 0, time.monotonic(), time.monotonic()
+    features, skipped, done, began, told = torch.zeros(0), {}, 0, time.monotonic(), 10
     for numbers, crops, bad in crops_of(cells, crop, backbone.size):
-        skipped |= {b.path: b.reason for b in bad}
-        if numbers:
-            x = extract_features(backbone, crops)
+        skipped |= bad
+        for some in torch.arange(len(numbers)).split(256) if len(numbers) else ():
+            x = extract_features(backbone, crops[some])
             features = features if len(features) else x.new_full((len(cells.file), x.shape[1]), math.nan)
-            features[numbers] = x
-        done, took = done + len(numbers), time.monotonic() - began
-        if began + took > told + 10 and done:
-            told = began + took
-            log(f"{label}: {done:,} of {len(cells.file):,} cells, {took * (len(cells.file) / done - 1):.0f} s left")
+            features[numbers[some]] = x
+            done, took = done + len(some), time.monotonic() - began
+            if took > told:
+                told = took + 10
+                log(f"{label}: {done:,} of {len(cells.file):,} cells, {took * (len(cells.file) / done - 1):.0f} s left")
     if len(skipped) > len(cells.files) / 2:
         raise UserError(f"{len(skipped)} of {len(cells.files)} images can't be read; {BadImage(*min(skipped.items()))}")
-    log(f"{label}: {features.shape[1]} features of {done:,} cells in {took:.0f} s")
+    log(f"{label}: {features.shape[1]} features of {done:,} cells in {time.monotonic() - began:.0f} s")
     if out:
         os.makedirs(os.path.dirname(cache), exist_ok=True)
         torch.save([features, skipped], cache + ".part")
@@ -480,10 +465,11 @@ def make_splits(cells: Cells, readable: np.ndarray, folds: int, seed: int, log=p
         tests["one source left out"] = [cells.source == s for s in range(len(cells.sources))]
     splits = {}
     for name, part in ((name, part) for name, parts in tests.items() for part in parts):
-        test, both = np.flatnonzero(ask & part), np.isin(cells.group, cells.group[ask & part])
-        train = np.flatnonzero(learn & ~part & ~both)
+        test = ask & part
+        both = np.isin(cells.group, cells.group[test]) | np.isin(cells.image, cells.image[test])
+        train, test = np.flatnonzero(learn & ~part & ~both), np.flatnonzero(test)
         if lost := (learn & ~part & both).sum():
-            log(f"{name}: {lost} cells are not trained on, as their {cells.by} is tested")
+            log(f"{name}: {lost} cells are not trained on, as their image or group is tested")
         if len(train) and len(test):
             splits.setdefault(name, []).append((train, test))
     if not splits:
@@ -496,19 +482,13 @@ def confusion(truth: np.ndarray, guess: np.ndarray, n_classes: int) -> np.ndarra
     return np.bincount(truth * n_classes + guess, minlength=n_classes**2).reshape(n_classes, n_classes)
 
 
-def nanmean(x: np.ndarray) -> np.ndarray:
-    """Mean over the last axis of what is not NaN; NaN, without a warning, where nothing is left."""
-    there = ~np.isnan(x)
-    return np.where(there, x, 0).sum(-1) / np.where(there.any(-1), there.sum(-1), np.nan)
-
-
 def scores(counts: np.ndarray) -> dict[str, np.ndarray]:
     """Metrics of confusion matrices [..., C, C]; as in scikit-learn, classes that never occur do not count."""
     hit, true, called = np.diagonal(counts, axis1=-2, axis2=-1), counts.sum(-1), counts.sum(-2)
     recall = hit / np.where(true, true, np.nan)
     f1 = 2 * hit / np.where(true + called, true + called, np.nan)
-    return {"accuracy": hit.sum(-1) / true.sum(-1), "balanced_accuracy": nanmean(recall),
-            "macro_f1": nanmean(f1), "weighted_f1": np.nansum(f1 * true, -1) / true.sum(-1)}  # fmt: skip
+    return {"accuracy": hit.sum(-1) / true.sum(-1), "balanced_accuracy": np.nanmean(recall, -1),
+            "macro_f1": np.nanmean(f1, -1), "weighted_f1": np.nansum(f1 * true, -1) / true.sum(-1)}  # fmt: skip
 
 
 def auroc(truth: np.ndarray, score: np.ndarray, weight: np.ndarray | None = None) -> float:
@@ -524,8 +504,8 @@ def bootstrap(n_groups: int, seed: int) -> np.ndarray:
     """How often each group is drawn, [REPLICATES, G]: as many as there are, with replacement. The same seed draws the
     same groups for each backbone, so that their difference can be taken replicate by replicate. (What the intervals
     leave out: on other training cells the classifier would have been another.)"""
-    rng = np.random.default_rng(seed)
-    return rng.multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=REPLICATES).astype(np.float32)
+    rng, n = np.random.default_rng(seed), n_groups
+    return np.stack([np.bincount(rng.integers(n, size=n), minlength=n).astype(np.float32) for _ in range(REPLICATES)])
 
 
 def judge(truth: np.ndarray, probs: np.ndarray, group: np.ndarray, seed: int = 0) -> dict:
@@ -540,7 +520,8 @@ def judge(truth: np.ndarray, probs: np.ndarray, group: np.ndarray, seed: int = 0
     if n_classes == 2:
         value["auroc"] = auroc(truth == 1, probs[:, 1])
         again["auroc"] = np.array([auroc(truth == 1, probs[:, 1], t[group]) for t in times])
-    return {**value, "cells": len(truth), "confusion": whole.tolist(), "again": again}
+    recall = (whole.diagonal() / whole.sum(1).clip(1)).tolist()
+    return {**value, "cells": len(truth), "recall": recall, "confusion": whole.tolist(), "again": again}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -560,7 +541,8 @@ def study_level(truth: np.ndarray, probs: np.ndarray, group: np.ndarray, seed: i
     for pool, score in (("mean", total / np.bincount(study)[:, None]), ("maximum", highest)):
         if len(classes):
             times = np.vstack([np.ones(len(has)), bootstrap(len(has), seed)])
-            auc = nanmean(np.array([[auroc(has[:, c], score[:, c], t) for c in classes] for t in times]))
+            auc = np.array([[auroc(has[:, c], score[:, c], t) for c in classes] for t in times])  # [1 + R, classes]
+            auc = np.nansum(auc, 1) / np.where(known := (~np.isnan(auc)).sum(1), known, np.nan)
             rows[f"{pool} of a study"] = {"auroc": float(auc[0]), "studies": len(has), "again": {"auroc": auc[1:]}}
     return rows
 
@@ -577,8 +559,8 @@ def few_shot(x: Tensor, y: Tensor, cells: Cells, parts: list, shots: int, seed: 
         guess = linear_probe(x[chosen], y[chosen], x[test], FEWSHOT_L2).argmax(1).cpu().numpy()
         draws.append(scores(confusion(cells.label[test], guess, n_classes)))
     again = {k: np.array([d[k] for d in draws]) for k in draws[0]}
-    mean = {k: float(v.mean()) for k, v in again.items()}
-    return {**mean, "shots": shots, "deviation": {k: float(v.std(ddof=1)) for k, v in again.items()}, "again": again}
+    deviation = {k: float(v.std(ddof=1)) for k, v in again.items()}
+    return {k: float(v.mean()) for k, v in again.items()} | {"shots": shots, "deviation": deviation, "again": again}
 
 
 def measure(x: Tensor, cells: Cells, parts: list, protocols, seed: int, tune=None) -> dict[str, dict]:
@@ -597,18 +579,15 @@ def measure(x: Tensor, cells: Cells, parts: list, protocols, seed: int, tune=Non
     truth, group = cells.label[tested], cells.group[tested]
     for name, method in methods.items():
         probs = np.concatenate([method(train, test).cpu().numpy() for train, test in parts])
-        results[name] = row = judge(truth, probs, group, seed)
-        row["recall"] = {c: n[i] / max(sum(n), 1) for i, (c, n) in enumerate(zip(cells.classes, row["confusion"]))}
+        results[name] = judge(truth, probs, group, seed)
         for s, source in enumerate(cells.sources):
-            if (here := cells.source[tested] == s).any():
-                found = scores(confusion(truth[here], probs[here].argmax(1), n_classes))
-                row.setdefault("by_source", {})[source] = {k: float(v) for k, v in found.items()}
+            here = cells.source[tested] == s
+            found = scores(confusion(truth[here], probs[here].argmax(1), n_classes)) if here.any() else {}
+            results[name].setdefault("by_source", {})[source] = {k: float(v) for k, v in found.items()}
         if cells.by == "group" and name != "1-NN":  # which has no probabilities to pool
             results |= {f"{name}, {pool}": row for pool, row in study_level(truth, probs, group, seed).items()}
-    for shots in SHOTS if "fewshot" in protocols else ():
-        if row := few_shot(x, y, cells, parts, shots, seed):
-            results[f"few-shot, {shots} a class"] = row
-    return results
+    few = {f"few-shot, {n} a class": few_shot(x, y, cells, parts, n, seed) for n in SHOTS if "fewshot" in protocols}
+    return results | {name: row for name, row in few.items() if row}
 
 
 def compare(found: dict[str, dict], split: str) -> tuple[list, list]:
@@ -619,8 +598,8 @@ def compare(found: dict[str, dict], split: str) -> tuple[list, list]:
     rows, pairs = [], []
     for protocol in dict.fromkeys(itertools.chain(*found.values())):
         block = {label: by[protocol] for label, by in found.items() if protocol in by}
-        again = {label: row.pop("again") for label, row in block.items()}
         place = {"protocol": protocol, "split": split}
+        again = {label: row.pop("again") for label, row in block.items()}
         for a, row in block.items():
             rows.append(place | {"weights": a} | row | {"interval": {k: interval(v) for k, v in again[a].items()}})
             pairs += [place | {"weights": a, "minus": b, "metric": k, "difference": row[k] - block[b][k],
@@ -642,7 +621,7 @@ def evaluate(data, weights, protocols=PROTOCOLS, crop=80, out=None, device="auto
         raise UserError("--crop and --folds have to be at least 2, and --size at least 1")
     if figures and not importlib.util.find_spec("matplotlib"):
         raise UserError("--figures needs matplotlib: pip install matplotlib")
-    for folder in (f for f in (out, figures) if f is not None):
+    for folder in (f for f in (out, figures) if f):
         try:
             os.makedirs(folder, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
@@ -667,24 +646,24 @@ def evaluate(data, weights, protocols=PROTOCOLS, crop=80, out=None, device="auto
         side = 224 if cells.centre is None else crop
         crops = torch.zeros(len(cells.file), 3, side, side, dtype=torch.uint8)
         for numbers, some, _ in crops_of(cells, crop, side):
-            crops[numbers] = crops[:0] if some is None else some
+            crops[numbers] = some if len(numbers) else crops[:0]
     rows, pairs = [], []
     for i, (split, parts) in enumerate(make_splits(cells, readable, folds, seed, log).items()):
         found = {}
         for label, x in features.items():
-            x, began, tune = x.to(device if "cuda" in device else "cpu"), time.monotonic(), None
-            if finetune and backbones[label].state_dict():
-                tune = functools.partial(fine_tune, backbones[label], crops, cells, seed=seed)
+            x, began = x.to(device if "cuda" in device else "cpu"), time.monotonic()
+            tune = finetune and backbones[label].state_dict() and functools.partial(
+                fine_tune, backbones[label], crops, cells, seed=seed)  # fmt: skip
             found[label] = measure(x, cells, parts, [p for p in protocols if p != "fewshot" or i == 0], seed, tune)
             log(f"{label}: {split}, {time.monotonic() - began:.0f} s")
         rows, pairs = (a + b for a, b in zip((rows, pairs), compare(found, split)))
     results = {"data": str(data), "crop": crop, "seed": seed, "cells": int(readable.sum()), "images": len(cells.files),
-               "groups": len(set(cells.group)), "sources": cells.sources, "skipped": skipped,
-               "classes": dict(zip(cells.classes, np.bincount(cells.label).tolist())), "rows": rows, "pairs": pairs}
+               "groups": len(set(cells.group)), "classes": cells.classes, "sources": cells.sources, "skipped": skipped,
+               "rows": rows, "pairs": pairs}  # fmt: skip
     log(as_text(results))
-    if out is not None:
+    if out:
         write_results(results, out)
-    if figures is not None:
+    if figures:
         draw_figures(figures, results, features, backbones, cells)
     return results
 
@@ -699,19 +678,16 @@ def sections(results: dict):
         return f"{100 * value:.1f} [{100 * ends[0]:.1f}, {100 * ends[1]:.1f}]"
 
     pairs = {tuple(p[k] for k in ("protocol", "split", "metric", "weights", "minus")): p for p in results["pairs"]}
-    blocks = {}
-    for row in results["rows"]:
-        blocks.setdefault((row["protocol"], row["split"]), []).append(row)
-    for (protocol, split), rows in blocks.items():
+    for title in dict.fromkeys((row["protocol"], row["split"]) for row in results["rows"]):
+        rows = [row for row in results["rows"] if (row["protocol"], row["split"]) == title]
         lead = "weighted_f1" if "weighted_f1" in rows[0] else "auroc"  # ranks, and shows how sure it is
-        best = max(rows, key=lambda row: row[lead])
-        shown = [k for k in SCORES if k in rows[0]]
-        table = [[f"{protocol}, {split}", *(SCORES[k] for k in shown), "minus the best"]]
+        best, shown = max(rows, key=lambda row: row[lead]), [k for k in SCORES if k in rows[0]]
+        table = [[", ".join(title), *(SCORES[k] for k in shown), "minus the best"]]
         for row in rows:
             line = {k: f"{100 * row[k]:.1f}" for k in shown}
-            spread = f" ± {100 * row['deviation'][lead]:.1f}" if "deviation" in row else ""
-            line[lead] = line[lead] + spread if spread else text(row[lead], row["interval"][lead])
-            gap = pairs.get((protocol, split, lead, row["weights"], best["weights"]))
+            gap = pairs.get((*title, lead, row["weights"], best["weights"]))
+            spread = f"{line[lead]} ± {100 * row['deviation'][lead]:.1f}" if "deviation" in row else ""
+            line[lead] = spread or text(row[lead], row["interval"][lead])
             table.append([row["weights"], *line.values(), text(gap["difference"], gap["interval"]) if gap else ""])
         yield table, 1 + rows.index(best)
 
@@ -728,21 +704,20 @@ def as_text(results: dict) -> str:
 
 def write_results(results: dict, out):
     """results.json: everything; results.csv: a line a row; results.md: the table; skipped.txt: what can't be read."""
-    with open(os.path.join(out, "results.json"), "w") as file:
-        json.dump(results, file, indent=1)
+    tables = ""
+    for table, best in sections(results):
+        table[best] = [cell and f"**{cell}**" for cell in table[best]]
+        table.insert(1, ["---"] * len(table[0]))
+        tables += "".join(f"| {' | '.join(line)} |\n" for line in table) + "\n"
+    Path(out, "results.md").write_text(tables)
+    Path(out, "results.json").write_text(json.dumps(results, indent=1))
+    Path(out, "skipped.txt").write_text("".join(f"{BadImage(*bad)}\n" for bad in results["skipped"].items()))
+    ends = {f"{k}_{end}": (k, i) for k in SCORES for i, end in enumerate(("low", "high"))}
     with open(os.path.join(out, "results.csv"), "w", newline="") as file:
-        ends = {f"{k}_{end}": (k, i) for k in SCORES for i, end in enumerate(("low", "high"))}
         table = csv.DictWriter(file, ["protocol", "split", "weights", *SCORES, *ends], extrasaction="ignore")
         table.writeheader()
-        for row in results["rows"]:
-            table.writerow(row | {name: row["interval"][k][i] for name, (k, i) in ends.items() if k in row["interval"]})
-    with open(os.path.join(out, "results.md"), "w") as file:
-        for table, best in sections(results):
-            table[best] = [cell and f"**{cell}**" for cell in table[best]]
-            table.insert(1, ["---"] * len(table[0]))
-            file.writelines([*(f"| {' | '.join(line)} |\n" for line in table), "\n"])
-    with open(os.path.join(out, "skipped.txt"), "w") as file:
-        file.writelines(f"{BadImage(*skipped)}\n" for skipped in results["skipped"].items())
+        table.writerows(row | {name: row["interval"][k][i] for name, (k, i) in ends.items() if k in row["interval"]}
+                        for row in results["rows"])  # fmt: skip
 
 
 def principal(x: np.ndarray, n: int) -> np.ndarray:
@@ -761,46 +736,40 @@ def draw_figures(folder, results: dict, features: dict, backbones: dict, cells: 
         plt.savefig(os.path.join(folder, re.sub(r"\W+", "_", name) + ".png"), dpi=150, bbox_inches="tight")
         plt.close()
 
-    shots = [row for row in results["rows"] if "shots" in row]
-    for i, label in enumerate(dict.fromkeys(row["weights"] for row in shots)):
-        n, mean, deviation = np.array([(r["shots"], r["weighted_f1"], r["deviation"]["weighted_f1"]) for r in shots
-                                       if r["weights"] == label]).T  # fmt: skip
-        plt.plot(n, 100 * mean, marker="osD^vX*"[i % 7], label=label)
-        plt.fill_between(n, 100 * (mean - deviation), 100 * (mean + deviation), alpha=0.15)
-        plt.gca().set(xscale="log", xticks=n, xticklabels=[f"{v:.0f}" for v in n], xlabel="labelled cells a class",
-                      ylabel="weighted F1, %", title=f"Few-shot: mean ± deviation of {DRAWS} draws")  # fmt: skip
-        plt.legend()
+    for i, label in enumerate(backbones):
+        rows = [row for row in results["rows"] if row["weights"] == label and "shots" in row]
+        n, (mean, deviation) = [r["shots"] for r in rows], np.reshape(
+            [(100 * r["weighted_f1"], 100 * r["deviation"]["weighted_f1"]) for r in rows], (-1, 2)).T  # fmt: skip
+        plt.semilogx(n, mean, marker="osD^vX*"[i % 7], label=label)
+        plt.fill_between(n, mean - deviation, mean + deviation, alpha=0.15)
+    plt.gca().set(xticks=SHOTS, xticklabels=SHOTS, xlabel="labelled cells a class", ylabel="weighted F1, %",
+                  title=f"Few-shot: mean ± deviation of {DRAWS} draws")  # fmt: skip
+    plt.legend()
     save("few-shot")
     for label, backbone in backbones.items():
         for row in [row for row in results["rows"] if row["weights"] == label and "confusion" in row][-1:]:
             counts, ticks = np.array(row["confusion"]), range(len(cells.classes))
             share = counts / counts.sum(1, keepdims=True).clip(1)
-            plt.figure(figsize=(7, 6))
-            plt.imshow(share, cmap="Greys", vmin=0, vmax=1)
+            plt.matshow(share, cmap="Greys", vmin=0, vmax=1)
             plt.colorbar(label="share of the true class")
             for (i, j), n in np.ndenumerate(counts):
                 plt.text(j, i, n, ha="center", va="center", size=6, color="white" if share[i, j] > 0.5 else "black")
             plt.xticks(ticks, cells.classes, rotation=90)
-            plt.gca().set(yticks=ticks, yticklabels=cells.classes, xlabel="predicted", ylabel="true",
-                          title=f"{label}: {row['protocol']}, {row['split']}")  # fmt: skip
+            plt.yticks(ticks, cells.classes)
+            plt.gca().set(xlabel="predicted", ylabel="true", title=f"{label}: {row['protocol']}, {row['split']}")
             save(f"confusion {label}")
         x = features[label].numpy()
         known = np.flatnonzero(~np.isnan(x).any(1))
         some = np.random.default_rng(seed).permutation(known)[:3000]
-        maps = {"PCA": principal(x[some], 2)}
-        if importlib.util.find_spec("sklearn"):
-            from sklearn.manifold import TSNE
-            maps["t-SNE"] = TSNE(random_state=seed).fit_transform(principal(x[some], 50))
-        for kind, xy in maps.items():
-            views = [("class", cells.label, cells.classes), ("source", cells.source, cells.sources)]
-            views = views if cells.sources else views[:1]
-            axes = plt.subplots(1, len(views), figsize=(7 * len(views), 6), squeeze=False)[1][0]
-            for axis, (what, index, names) in zip(axes, views):
-                for i, name in enumerate(names):
-                    axis.scatter(*xy[index[some] == i].T, s=9, marker="osD^vX*"[i % 7], color=f"C{i % 10}", label=name)
-                axis.set(title=f"{label}: {kind} of {len(some)} cells, by {what}", xticks=[], yticks=[])
-                axis.legend(fontsize=7, markerscale=2)
-            save(f"{kind} {label}")
+        xy = principal(x[some], 2)
+        axes = plt.subplots(1, 1 + bool(cells.sources), figsize=(14 if cells.sources else 7, 6), squeeze=False)[1][0]
+        for axis, what in zip(axes, ("class", "source")):
+            index, names = (cells.label, cells.classes) if what == "class" else (cells.source, cells.sources)
+            for i, name in enumerate(names):
+                axis.scatter(*xy[index[some] == i].T, s=9, marker="osD^vX*"[i % 7], color=f"C{i % 10}", label=name)
+            axis.set(title=f"{label}: PCA of {len(some)} cells, by {what}", xticks=[], yticks=[])
+            axis.legend(fontsize=7, markerscale=2)
+        save(f"map {label}")
         if hasattr(backbone, "blocks"):
             draw_smear(backbone, read_image(cells.files[cells.file[known[0]]]), plt)
             plt.suptitle(label)
@@ -809,7 +778,7 @@ def draw_figures(folder, results: dict, features: dict, backbones: dict, cells: 
 
 @torch.inference_mode()
 def draw_smear(backbone: nn.Module, image: np.ndarray, plt):
-    """A smear [H, W, 3], the first three principal components of its patch tokens as red, green and blue, and the
+    """A smear [H, W, 3], three principal components of its patch tokens as red, green and blue, and the
     attention of the class token in the last block, head by head."""
     patch, attention, seen = backbone.patch_size, backbone.blocks[-1].attn, []
     scale = max(1, backbone.size / min(image.shape[:2]))  # as it is, if it is large enough: so it was in training
