@@ -1,0 +1,1312 @@
+"""RedDino in one file: self-supervised pretraining of a vision transformer on medical images, from images to features.
+
+    python reddino.py                                          # no data: draws blood smears and trains `nano` on them
+    python reddino.py --data SMEARS --arch nano                # your images, a model that a laptop's CPU can train
+    torchrun --nproc_per_node=8 reddino.py --data SMEARS --arch vitb14 --init dinov2_vitb14        # 8 GPUs
+    python reddino.py --help                                   # every option, its default and where the number is from
+
+RedDino (Zedda et al., MICCAI 2025, arXiv:2508.08180) is DINOv2 (Oquab et al. 2023, arXiv:2304.07193), trained on red
+blood cells with three changes. DINOv2 itself is DINO (Caron et al. 2021) plus iBOT (Zhou et al. 2022) plus much
+engineering. `grep -n "RedDino:" *.py` prints what RedDino changed; everything else here is DINOv2. How it works:
+
+  - a *student* network sees crops of an image, some with patches masked out, and says which of K *prototypes* each
+    crop (class token) and each masked patch (patch token) belongs to: a softmax over K;
+  - a *teacher*, the running average (EMA) of the student, sees whole crops and gives the answers to match;
+  - nothing so far stops both from answering "prototype 1" always. Sinkhorn-Knopp does: it balances the teacher's
+    answers so that, over a batch, all prototypes are used alike.
+
+The file follows an image: configuration, patches to tokens, transformer, heads, the teacher's targets, losses, one
+training step, optimiser and schedules, weights and checkpoints, the loop. Shapes: B images a step (in this process),
+G = 2 global views each, L local views each, N patch tokens a view, D dimensions, K prototypes, M masked patches.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+from augment import MEAN, STD, BadImage, MultiCrop, Patches, UserError, sample_rng
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Configuration. Every option, its default, what it does and where the number comes from; the command line is made from
+# this class. The defaults are RedDino's released ViT-S; PRESETS says what differs for the other sizes, and for `nano`.
+# Durations are shares of the run, so that a recipe keeps its shape when the run gets longer.
+
+
+def opt(default, text, choices=None):
+    """A field of Config with its line of help."""
+    metadata = {"help": text, "choices": choices}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass
+class Config:
+    # where
+    data: list[str] = opt([], "folders of images, searched recursively; several folders are several sources")
+    out: str = opt("out", "folder for checkpoints, metrics.jsonl and backbone.pth")
+    # what is trained
+    arch: str = opt("vits14", "size of the backbone", ["nano", "vits14", "vitb14", "vitl14", "vitg14"])
+    init: str = opt("", "start from this backbone: a .pth, or dinov2_vits14 and its sisters by name (RedDino does)")
+    registers: int = opt(0, "register tokens (Darcet et al. 2024: 4; RedDino: none)")
+    drop_path: float = opt(0.0, "stochastic depth (DINOv2: 0.3; in effect 0 in RedDino's release)")
+    layerscale: float = opt(1e-5, "initial LayerScale (DINOv2)")
+    prototypes: int = opt(131072, "K, outputs of a head (RedDino, DINOv2's long setup; its short one: 65536)")
+    head_hidden: int = opt(2048, "width of a head's MLP (DINOv2)")
+    head_bottleneck: int = opt(256, "dimensions in which prototypes are compared (RedDino, DINOv2's short setup)")
+    separate_heads: bool = opt(False, "one head for class tokens, another for patches (DINOv2's long setup)")
+    # what it sees
+    patch_size: int = opt(224, "images are cut into patches of this many pixels; 0: whole images (RedDino)")
+    global_size: int = opt(224, "pixels of the 2 global views (DINOv2)")
+    local_size: int = opt(98, "pixels of the local views (DINOv2 with patch 14)")
+    local_crops: int = opt(1, "local views of an image (RedDino: 1; DINOv2: 8)")
+    global_scale: float = opt(0.32, "least share of the area that a global view shows (DINOv2)")
+    local_scale: float = opt(0.05, "least share of the area that a local view shows (DINOv2); the most is global_scale")
+    augment: str = opt("reddino", "pixel transforms: RedDino's 32, or DINOv2's", ["reddino", "dinov2"])
+    balance: bool = opt(False, "draw from the folders evenly, whatever their sizes")
+    # the objective
+    centering: str = opt("sinkhorn-knopp", "how targets are balanced (RedDino, DINOv2's long setup: sinkhorn-knopp)",
+                         ["sinkhorn-knopp", "moving-average"])  # fmt: skip
+    koleo: float = opt(0.0, "weight of KoLeo (DINOv2: 0.1; RedDino takes it out)")
+    ibot: float = opt(1.0, "weight of the patch-token loss (DINOv2)")
+    student_temp: float = opt(0.1, "temperature of the student's softmax (DINO)")
+    teacher_temp_start: float = opt(0.04, "temperature of the teacher's at first (DINO)")
+    teacher_temp: float = opt(0.07, "and after its warm-up (DINO)")
+    teacher_temp_warmup: float = opt(3.0, "share of the run (RedDino: 30 epochs in a 10-epoch run; DINOv2: 0.3, 0.06)")
+    # the optimiser
+    iters: int = opt(19500, "optimiser steps (RedDino S: 10 x 1,950)")
+    minutes: float = opt(0.0, "a time budget instead of iters: the schedules follow the clock")
+    batch_size: int = opt(560, "images a step, over all processes (RedDino S: 2 GPUs x 280)")
+    lr: float = opt(2e-4, "peak learning rate at batch 1024, scaled by sqrt(batch / 1024) (RedDino; DINOv2's long)")
+    min_lr: float = opt(1e-6, "learning rate at the end, not scaled (DINOv2)")
+    warmup: float = opt(0.01, "share of the run in which lr rises (RedDino: 0.1 of 10 epochs; DINOv2: 0.1, 0.16)")
+    weight_decay: float = opt(0.04, "at first (DINOv2)")
+    weight_decay_end: float = opt(0.2, "at the end (RedDino, DINOv2's long setup; its short one: 0.4)")
+    momentum: float = opt(0.994, "of the teacher's EMA at first; 1 at the end (RedDino, DINOv2's long setup)")
+    clip: float = opt(3.0, "gradient norm of a module is clipped to this (DINOv2)")
+    layer_decay: float = opt(1.0, "each layer learns this much slower than the next (RedDino: 1; DINOv2's short: 0.9)")
+    patch_embed_lr: float = opt(0.2, "learning rate of the patch embedding, relative (DINOv2)")
+    freeze_last_layer: float = opt(0.0, "share of the run in which prototypes stay (RedDino: 0; DINOv2: 1 epoch)")
+    # the machine
+    seed: int = opt(0, "of everything random")
+    workers: int = opt(-1, "processes that load data, for each training process; -1: as many as its cores, at most 16")
+    device: str = opt("auto", "auto, cpu, cuda, mps", ["auto", "cpu", "cuda", "mps"])
+    dtype: str = opt("auto", "of matrix products; auto: bfloat16 where the GPU has it, else float16; float32 on a CPU",
+                     ["auto", "float32", "bfloat16", "float16", "float64"])  # fmt: skip
+    compile: bool | None = opt(None, "torch.compile each block; by default on CUDA")
+    checkpoint_activations: bool = opt(False, "recompute blocks in the backward pass: half the memory, 1.3x the time")
+    save_every: int = opt(500, "steps between checkpoints")
+    log_every: int = opt(10, "steps between lines of the log (metrics.jsonl has every step)")
+    resume: str = opt("auto", "auto: go on from OUT; never: start anew; PATH: go on from that checkpoint")
+    overwrite: bool = opt(False, "with --resume never: replace the run in OUT")
+    export: str = opt("", "write the backbone of the run in OUT to this file, and stop")
+
+
+PRESETS = {
+    "nano": dict(prototypes=256, head_hidden=256, head_bottleneck=64, patch_size=80, global_size=64, local_size=32,
+                 local_crops=0, koleo=0.1, iters=2000, batch_size=32, lr=4e-3, warmup=0.1, weight_decay_end=0.04,
+                 layerscale=1.0, teacher_temp_warmup=0.3),
+    "vits14": dict(),
+    "vitb14": dict(iters=36500, batch_size=392),  # RedDino B: 2 GPUs x 196, 10 x 3,650 steps
+    "vitl14": dict(iters=109000, batch_size=128),  # RedDino L: 2 GPUs x 64, 10 x 10,900 steps
+    "vitg14": dict(iters=109000, batch_size=128),  # RedDino has no giant: as L
+}  # fmt: skip
+
+
+def configure(**given) -> Config:
+    """Config of an architecture: what is given, else its preset, else the default. Raises UserError on nonsense."""
+    cfg = Config(**{**PRESETS.get(given.get("arch", "vits14"), {}), **given})
+    patch = ARCHS[cfg.arch]["patch_size"] if cfg.arch in ARCHS else 0
+    views = [("--global-size", cfg.global_size)] + [("--local-size", cfg.local_size)] * (cfg.local_crops > 0)
+    shares = ("global_scale", "local_scale", "warmup", "momentum", "drop_path", "freeze_last_layer")
+    positive = ("prototypes", "iters", "batch_size", "student_temp", "teacher_temp", "teacher_temp_start", "save_every",
+                "log_every", "head_hidden", "head_bottleneck", "clip")  # fmt: skip
+    for field in dataclasses.fields(Config):
+        choices = field.metadata["choices"]
+        if choices and getattr(cfg, field.name) not in choices:
+            raise UserError(f"--{field.name.replace('_', '-')} is one of {', '.join(choices)}")
+    for name in positive:
+        if not getattr(cfg, name) > 0:
+            raise UserError(f"--{name.replace('_', '-')} must be more than 0")
+    for name in shares:
+        if not 0 <= getattr(cfg, name) <= 1:
+            raise UserError(f"--{name.replace('_', '-')} must lie between 0 and 1")
+    for name in ("local_crops", "koleo", "ibot", "lr", "min_lr", "patch_size", "registers", "minutes"):
+        if getattr(cfg, name) < 0:
+            raise UserError(f"--{name.replace('_', '-')} can't be negative")
+    for name, size in views:
+        if size % patch or size <= 0:
+            raise UserError(f"{name} {size}: {cfg.arch} needs a multiple of its {patch}-pixel patches")
+    if cfg.local_crops and cfg.local_scale >= cfg.global_scale:
+        raise UserError("--local-scale must be below --global-scale: local views show less than global ones")
+    if cfg.overwrite and cfg.resume != "never":
+        raise UserError("--overwrite replaces a run: say --resume never as well, or leave it out to go on")
+    return cfg
+
+
+def parse_args(argv: list[str]) -> Config:
+    """The command line, made from Config. Without --data and --arch, the architecture is `nano`, for the demo."""
+    parser = argparse.ArgumentParser("reddino.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
+                                     formatter_class=argparse.RawTextHelpFormatter)  # fmt: skip
+
+    def error(message):
+        raise UserError(f"{message} (see --help)")
+
+    parser.error = error
+    for field in dataclasses.fields(Config):
+        default = field.default if field.default is not dataclasses.MISSING else []
+        text = f"{field.metadata['help']} [{'' if default in ([], None) else default}"
+        text += "".join(f"; {a} {p[field.name]}" for a, p in PRESETS.items() if field.name in p) + "]"
+        kind = dict(choices=field.metadata["choices"], type=type(default))
+        if isinstance(default, list):
+            kind = dict(nargs="+")
+        elif isinstance(default, bool) or default is None:
+            kind = dict(action=argparse.BooleanOptionalAction)
+        parser.add_argument(f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS, help=text.replace("%", "%%"), **kind)
+    given = vars(parser.parse_args(argv))
+    if "data" not in given:
+        given.setdefault("arch", "nano")
+    return configure(**given)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Patches. A ViT reads an image as a sequence of N square patches of p x p pixels, each projected linearly to D
+# dimensions, and adds to each a learned embedding of its position. At another image size the grid of positions is
+# stretched bicubically. (Dosovitskiy et al. 2021, section 3.1; Oquab et al. 2023, section 5.)
+
+
+class PatchEmbed(nn.Module):
+    """Image [B, 3, H, W] to patch tokens [B, N, D]; a p x p convolution with stride p is that linear projection."""
+
+    def __init__(self, patch_size: int, dim: int):
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+def resize_pos_embed(pos: Tensor, height: int, width: int, registers: int = 0) -> Tensor:
+    """Position embeddings [1, 1 + n*n, D], class token first, stretched to [1, 1 + height*width, D].
+
+    As DINOv2 does it, for its weights expect just that: bicubic, without antialiasing, and with the scale computed
+    from (size + 0.1), which once guarded against rounding. Its models with registers came later and use the exact
+    size and antialiasing (dinov2/hub/backbones.py: interpolate_offset, interpolate_antialias).
+    """
+    n = math.isqrt(pos.shape[1] - 1)
+    if (height, width) == (n, n):
+        return pos
+    grid = pos[:, 1:].float().reshape(1, n, n, -1).permute(0, 3, 1, 2)  # [1, D, n, n]
+    if registers:
+        grid = F.interpolate(grid, size=(height, width), mode="bicubic", antialias=True)
+    else:
+        scale = ((height + 0.1) / n, (width + 0.1) / n)
+        grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")  # the scale itself is used, not size ratios
+    grid = grid.flatten(2).transpose(1, 2).to(pos.dtype)  # [1, height*width, D]
+    return torch.cat([pos[:, :1], grid], dim=1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The transformer: x + attention(norm(x)), then x + mlp(norm(x)), `depth` times. Parameter names are those of DINOv2's
+# checkpoints, so that its published weights load as they are.
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention. PyTorch's fused kernel does what DINOv2 needs xFormers for."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, D = x.shape
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # [B, heads, N, D/heads]
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).reshape(B, N, D))
+
+
+class Mlp(nn.Module):
+    """The usual feed-forward: 4x wider inside, GELU."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.fc2 = nn.Linear(4 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class SwiGLU(nn.Module):
+    """The giant's gated feed-forward (Shazeer 2020): hidden 4 x D x 2/3 rounded up to 8, so about Mlp's parameters."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        hidden = (int(4 * dim * 2 / 3) + 7) // 8 * 8
+        self.w12 = nn.Linear(dim, 2 * hidden)
+        self.w3 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)
+
+
+class LayerScale(nn.Module):
+    """A learned gain for each channel of a branch, near 0 at first, so that deep networks start as the identity."""
+
+    def __init__(self, dim: int, init: float):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), init))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """One layer, [B, N, D] to [B, N, D], with stochastic depth (Huang et al. 2016) in DINOv2's efficient form."""
+
+    def __init__(self, dim: int, heads: int, ffn: type, layerscale: float, drop_path: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.ls1 = LayerScale(dim, layerscale)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = ffn(dim)
+        self.ls2 = LayerScale(dim, layerscale)
+        self.drop_path = drop_path
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.add(x, lambda x: self.ls1(self.attn(self.norm1(x))))
+        return self.add(x, lambda x: self.ls2(self.mlp(self.norm2(x))))
+
+    def add(self, x: Tensor, branch) -> Tensor:
+        """x + branch(x). In training, drop_path of the images skip the branch: it isn't computed for them at all
+        (rather than computed and multiplied by 0), and the others' branch is scaled up to keep the expectation."""
+        kept = max(int(len(x) * (1 - self.drop_path)), 1)
+        if not self.training or kept == len(x):
+            return x + branch(x)
+        chosen = torch.randperm(len(x), device=x.device)[:kept]
+        return x.index_add(0, chosen, branch(x[chosen]).to(x.dtype), alpha=len(x) / kept)
+
+
+class VisionTransformer(nn.Module):
+    """ViT as in DINOv2: class token, optional register tokens, patch tokens, `depth` blocks, a final LayerNorm.
+
+    Any image size that `patch_size` divides will do; `img_size` is the size whose positions are stored.
+    Raises UserError for an image that the patches do not divide.
+    """
+
+    def __init__(self, img_size=224, patch_size=14, embed_dim=384, depth=12, heads=6, swiglu=False, registers=0,
+                 layerscale=1e-5, drop_path=0.0):  # fmt: skip
+        super().__init__()
+        self.img_size, self.patch_size, self.embed_dim = img_size, patch_size, embed_dim
+        self.checkpoint_activations = False
+        self.patch_embed = PatchEmbed(patch_size, embed_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (img_size // patch_size) ** 2, embed_dim))
+        self.register_tokens = nn.Parameter(torch.zeros(1, registers, embed_dim)) if registers else None
+        self.mask_token = nn.Parameter(torch.zeros(1, embed_dim))
+        ffn = SwiGLU if swiglu else Mlp
+        self.blocks = nn.ModuleList(Block(embed_dim, heads, ffn, layerscale, drop_path) for _ in range(depth))
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.normal_(self.cls_token, std=1e-6)
+        if registers:
+            nn.init.normal_(self.register_tokens, std=1e-6)
+        self.apply(init_linear)
+
+    def tokens(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
+        """Images [B, 3, H, W] to the transformer's input [B, 1 + registers + N, D]; masked patches lose their content
+        but keep their position: the student has to say what belongs *there*. masks: bool [B, N]."""
+        height, width = x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size
+        if (height * self.patch_size, width * self.patch_size) != tuple(x.shape[-2:]):
+            raise UserError(f"an image of {x.shape[-1]}x{x.shape[-2]} pixels has no whole {self.patch_size}-pixel patches")
+        x = self.patch_embed(x)  # [B, N, D]
+        if masks is not None:
+            x = torch.where(masks.unsqueeze(-1), self.mask_token.to(x.dtype), x)
+        registers = 0 if self.register_tokens is None else self.register_tokens.shape[1]
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        x = x + resize_pos_embed(self.pos_embed, height, width, registers)
+        if registers:  # registers have no position
+            x = torch.cat([x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]], dim=1)
+        return x
+
+    def forward_features(self, x: Tensor, masks: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Class token [B, D] and patch tokens [B, N, D], both after the final norm; masks: bool [B, N]."""
+        x = self.tokens(x, masks)
+        for block in self.blocks:
+            x = recompute(block, x, use_reentrant=False) if self.checkpoint_activations else block(x)
+        x = self.norm(x)
+        registers = 0 if self.register_tokens is None else self.register_tokens.shape[1]
+        return x[:, 0], x[:, 1 + registers :]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images [B, 3, H, W], normalised with MEAN and STD, to their class tokens [B, D]: the features to use."""
+        return self.forward_features(x)[0]
+
+
+def init_linear(module: nn.Module):
+    """Linear layers as in DINOv2: truncated normal, std 0.02, no bias."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+ARCHS = {
+    "nano": dict(embed_dim=192, depth=6, heads=3, patch_size=8),  # 2.8M parameters: ours, for a CPU
+    "vits14": dict(embed_dim=384, depth=12, heads=6, patch_size=14),  # 22M
+    "vitb14": dict(embed_dim=768, depth=12, heads=12, patch_size=14),  # 86M
+    "vitl14": dict(embed_dim=1024, depth=24, heads=16, patch_size=14),  # 304M
+    "vitg14": dict(embed_dim=1536, depth=40, heads=24, patch_size=14, swiglu=True),  # 1.1B
+}
+
+
+def build_vit(arch: str, img_size: int = 224, **overrides) -> VisionTransformer:
+    """A VisionTransformer with random weights; arch: nano, vits14, vitb14, vitl14, vitg14 (DINOv2, table 16)."""
+    if arch not in ARCHS:
+        raise UserError(f"no architecture {arch!r}: one of {', '.join(ARCHS)}")
+    return VisionTransformer(img_size, **{**ARCHS[arch], **overrides})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Heads. A head says how alike a token is to each of K prototypes: an MLP, the result on the unit sphere, then its
+# product with K weight-normalised vectors, i.e. gain x cosine. (DINO, section 3.1; DINOv2's gains are trained.)
+
+
+class Prototypes(nn.Module):
+    """[*, D] to [*, K] with weight rows g * v / |v|; named weight_g [K, 1] and weight_v [K, D] as in checkpoints."""
+
+    def __init__(self, dim: int, prototypes: int):
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.ones(prototypes, 1))
+        self.weight_v = nn.Parameter(torch.empty(prototypes, dim))
+        nn.init.trunc_normal_(self.weight_v, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight_g * F.normalize(self.weight_v, dim=-1))
+
+
+class DINOHead(nn.Module):
+    """Tokens [*, D] to logits over prototypes [*, K]: 3-layer MLP, l2-normalised bottleneck, prototypes."""
+
+    def __init__(self, dim: int, prototypes: int, hidden: int = 2048, bottleneck: int = 256):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck)
+        )
+        self.apply(init_linear)
+        self.last_layer = Prototypes(bottleneck, prototypes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mlp(x)
+        return self.last_layer(F.normalize(x, dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The teacher's targets. Its softmax alone would let everything fall onto one prototype. Two ways to prevent it:
+# Sinkhorn-Knopp finds, for this batch, the assignment nearest to the teacher's in which all prototypes are used
+# equally (Cuturi 2013; SwAV, Caron et al. 2020); moving-average centering (DINO) subtracts from the logits their
+# running mean, which is cheaper and only balances on average. Both see the rows of all processes.
+
+
+def all_reduce(x: Tensor, op=dist.ReduceOp.SUM) -> Tensor:
+    """x summed (or op) over all processes, in place; x itself when there is one."""
+    if dist.is_initialized():
+        dist.all_reduce(x, op)
+    return x
+
+
+def widen(x: Tensor) -> Tensor:
+    """At least float32: exponentials and sums over K need it, whatever autocast gave."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def sum_of_exp_over_rows(x: Tensor) -> Tensor:
+    """log sum_i exp(x_ik) over the rows i of all processes, [R, K] to [1, K]; a process may have no rows at all."""
+    local = torch.logsumexp(x, dim=0, keepdim=True)
+    largest = all_reduce(local.clone(), dist.ReduceOp.MAX)
+    return largest + all_reduce((local - largest).exp()).log()
+
+
+@torch.no_grad()
+def sinkhorn_knopp(logits: Tensor, temp: float, n_iters: int = 3) -> Tensor:
+    """Teacher logits [R, K] to targets [R, K]: each row a distribution, each prototype with about R/K of the mass.
+
+    RedDino: this instead of the moving average that is DINOv2's default (and, as there, 3 iterations). Alternately
+    divide the columns of exp(logits / temp) by their sums, then the rows by theirs; ending with rows makes them sum to
+    1 exactly, while columns are balanced as well as n_iters allows. In the log domain, so that nothing overflows.
+    Textbooks scale columns to 1/K and rows to 1/R: constants that the next normalisation undoes, so R is not needed
+    and each process may hold a different number of rows.
+    """
+    log_q = widen(logits) / temp
+    for _ in range(n_iters):
+        log_q = log_q - sum_of_exp_over_rows(log_q)
+        log_q = log_q - torch.logsumexp(log_q, dim=1, keepdim=True)
+    return log_q.exp()
+
+
+class MovingAverage(nn.Module):
+    """DINO's centering: targets are softmax((logits - center) / temp), the center a running mean of past logits.
+
+    A batch is centred with what was known before it; `update` comes after the step, and only for a step that counts.
+    """
+
+    def __init__(self, prototypes: int, momentum: float = 0.9):
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("center", torch.zeros(1, prototypes))
+        self.pending = None
+
+    @torch.no_grad()
+    def forward(self, logits: Tensor, temp: float) -> Tensor:
+        logits = widen(logits)
+        rows = all_reduce(logits.new_tensor([float(len(logits))]))
+        self.pending = all_reduce(logits.sum(0, keepdim=True)) / rows.clamp_min(1)  # the mean over rows, not over ranks
+        return F.softmax((logits - self.center) / temp, dim=-1)
+
+    @torch.no_grad()
+    def update(self):
+        self.center.lerp_(self.pending.to(self.center), 1 - self.momentum)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Losses. Both are cross-entropies between the teacher's targets and the student's softmax; they differ in whose tokens
+# are compared. dino_loss: class tokens of two different crops of an image, so features must not depend on the crop.
+# ibot_loss: the same patch, which the teacher sees and the student doesn't, so patches must be predictable from their
+# surroundings. KoLeo spreads the features of a batch. (DINOv2, section 4.)
+
+
+def cross_entropy(student_logits: Tensor, targets: Tensor, temp: float) -> Tensor:
+    """-sum_k targets * log softmax(student_logits / temp) for each row: [*, K], [*, K] to [*]."""
+    return -(targets * F.log_softmax(widen(student_logits) / temp, dim=-1)).sum(-1)
+
+
+def dino_loss(student_logits: Tensor, targets: Tensor, temp: float = 0.1) -> Tensor:
+    """Class-token loss: mean cross-entropy over rows, student [B, K] against the teacher's targets for the same images
+    in another view, [B, K]. Targets that are a sum over views give the sum of the losses against each."""
+    return cross_entropy(student_logits, targets, temp).mean()
+
+
+def ibot_loss(student_logits: Tensor, targets: Tensor, weights: Tensor, views: int, temp: float = 0.1) -> Tensor:
+    """Patch-token loss: cross-entropy of the masked patches [M, K], averaged within each masked image and divided by
+    all global views, masked or not. weights [M] are 1 / (masked patches of the image); `views` is that number."""
+    return (cross_entropy(student_logits, targets, temp) * weights).sum() / views
+
+
+def koleo_loss(x: Tensor, eps: float = 1e-8) -> Tensor:
+    """-mean log distance from each class token [B, D] to its nearest neighbour on the unit sphere, over all processes'
+    images (Sablayrolles et al. 2019). Distances below eps count as eps: a duplicate gives no direction to flee."""
+    x = F.normalize(widen(x), dim=-1)
+    everyone, first = x, 0
+    if dist.is_initialized():
+        from torch.distributed.nn.functional import all_gather  # the all_gather that gradients flow through
+
+        everyone, first = torch.cat(all_gather(x)), dist.get_rank() * len(x)
+    with torch.no_grad():
+        cosine = x @ everyone.T  # [B, B of all processes]
+        cosine[torch.arange(len(x)), first + torch.arange(len(x))] = -2  # not itself
+        nearest = cosine.argmax(dim=1)
+    return -(x - everyone[nearest]).norm(dim=-1).clamp_min(eps).log().mean()
+
+
+def mask_ratios(seed: int, step: int, views: int) -> np.ndarray:
+    """Share of patches to mask in each of a step's global views, [views]: 0 for a random half, the others spread
+    evenly over 0.1 to 0.5 (iBOT, DINOv2), so that each batch holds easy and hard ones."""
+    rng = np.random.default_rng((seed, step, 2))  # 2: a stream of its own
+    ratios, masked = np.zeros(views), views // 2
+    ratios[rng.permutation(views)[:masked]] = 0.1 + 0.4 * (np.arange(masked) + rng.random(masked)) / max(masked, 1)
+    return ratios
+
+
+def block_mask(rng: np.random.Generator, height: int, width: int, ratio: float) -> np.ndarray:
+    """bool [height, width] with about ratio*height*width patches set, in rectangles (BEiT, Bao et al. 2021): single
+    patches could be filled in from their neighbours. A rectangle has 4 patches to what is left, aspect ratio
+    log-uniform in 0.3 to 1/0.3, and never adds more than is left; after 10 rectangles that don't fit it's enough."""
+    mask, left = np.zeros((height, width), bool), int(ratio * height * width)
+    misses = 0
+    while left > 0 and misses < 10:
+        area = 4 + (left - 4) * rng.random()
+        aspect = math.exp(rng.uniform(math.log(0.3), -math.log(0.3)))
+        h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        misses += 1
+        if 0 < h < height and 0 < w < width:
+            top, side = rng.integers(height - h + 1), rng.integers(width - w + 1)
+            block = mask[top : top + h, side : side + w]
+            new = block.size - int(block.sum())
+            if 0 < new <= left:
+                block[:] = True
+                left, misses = left - new, 0
+    return mask
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One training step: student and teacher look at a batch, and out come the losses by name.
+
+
+class DINO(nn.Module):
+    """Student and teacher, each a backbone with a head (two with separate_heads); the teacher gets no gradients."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.cfg = cfg
+        self.student, self.teacher = self.network(cfg, cfg.drop_path), self.network(cfg, 0.0)
+        self.student["backbone"].checkpoint_activations = cfg.checkpoint_activations
+        self.teacher.load_state_dict(self.student.state_dict())
+        self.teacher.requires_grad_(False)
+        self.centers = nn.ModuleDict()
+        if cfg.centering == "moving-average":  # class and patch tokens have different means
+            self.centers.update({name: MovingAverage(cfg.prototypes) for name in ("cls", "patch")})
+        self.signs = {}  # what the loop watches for collapse
+        self.train()
+
+    @staticmethod
+    def network(cfg: Config, drop_path: float) -> nn.ModuleDict:
+        vit = build_vit(cfg.arch, cfg.global_size, registers=cfg.registers, layerscale=cfg.layerscale, drop_path=drop_path)
+        parts = {"backbone": vit}
+        for name in ["dino_head"] + ["ibot_head"] * cfg.separate_heads:
+            parts[name] = DINOHead(vit.embed_dim, cfg.prototypes, cfg.head_hidden, cfg.head_bottleneck)
+        return nn.ModuleDict(parts)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self.teacher.eval()  # the teacher never drops anything
+        return self
+
+    def targets(self, logits: Tensor, temp: float, kind: str) -> Tensor:
+        """Teacher logits [R, K] of one kind of token ("cls" or "patch") to targets [R, K]."""
+        return self.centers[kind](logits, temp) if self.centers else sinkhorn_knopp(logits, temp)
+
+    def forward(self, global_views: Tensor, local_views: Tensor, masks: Tensor, teacher_temp: float) -> dict[str, Tensor]:
+        """The losses by name, weighted: their sum is what is minimised.
+
+        global_views [G*B, 3, H, W] and local_views [L*B, 3, h, w], normalised, view after view; masks bool [G*B, N].
+        """
+        cfg, student, teacher = self.cfg, self.student, self.teacher
+        head = "ibot_head" if cfg.separate_heads else "dino_head"  # RedDino: one head for both, as in DINOv2's default
+        views, L = len(global_views), cfg.local_crops
+        masked = masks.flatten().nonzero().squeeze(1)  # [M], of G*B*N
+        weights = (1 / masks.sum(1).clamp_min(1)).unsqueeze(1).expand_as(masks)[masks].to(global_views.device)  # [M]
+        masked, masks = masked.to(global_views.device), masks.to(global_views.device)
+
+        with torch.no_grad():
+            cls, patches = teacher["backbone"].forward_features(global_views)  # [2B, D], [2B, N, D]
+            logits = teacher["dino_head"](cls)  # [2B, K]
+            first, second = self.targets(logits, teacher_temp, "cls").chunk(2)  # [B, K] of each view
+            patch_targets = self.targets(teacher[head](patches.flatten(0, 1)[masked]), teacher_temp, "patch")  # [M, K]
+            self.signs = {"cls": cls, "nearest": logits.argmax(-1), "entropy": softmax_entropy(logits, teacher_temp)}
+
+        # Class tokens: every student view against both teacher views, but a global one not against itself. RedDino:
+        # 1 local view for DINOv2's 8. The sum over terms is divided by their number, so L does not change its scale.
+        student_cls, student_patches = student["backbone"].forward_features(global_views, masks)
+        on_first, on_second = student["dino_head"](student_cls).chunk(2)
+        dino = dino_loss(on_first, second, cfg.student_temp) + dino_loss(on_second, first, cfg.student_temp)
+        if L:
+            both = first + second  # cross-entropy is linear in the targets: one pass over [B, K] instead of two
+            for logits in student["dino_head"](student["backbone"](local_views)).chunk(L):
+                dino = dino + dino_loss(logits, both, cfg.student_temp)
+        losses = {"dino": dino / (2 + 2 * L)}
+
+        student_logits = student[head](student_patches.flatten(0, 1)[masked])  # [M, K]
+        losses["ibot"] = cfg.ibot * ibot_loss(student_logits, patch_targets, weights, views, cfg.student_temp)
+        if cfg.koleo:  # RedDino: left out, as it pushes apart the many cells that are rightly alike
+            losses["koleo"] = cfg.koleo * sum(koleo_loss(view) for view in student_cls.chunk(2))
+        return losses
+
+    @torch.no_grad()
+    def update_teacher(self, momentum: float):
+        """teacher = momentum * teacher + (1 - momentum) * student, all parameters in a few fused kernels."""
+        torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()), 1 - momentum)
+        for center in self.centers.values():
+            center.update()
+
+
+def softmax_entropy(logits: Tensor, temp: float) -> Tensor:
+    """Mean entropy in nats of softmax(logits / temp), [R, K] to []: ln K when the teacher has no opinion."""
+    log_p = F.log_softmax(widen(logits) / temp, dim=-1)
+    return -(log_p.exp() * log_p).sum(-1).mean()
+
+
+def effective_rank(features: Tensor) -> float:
+    """RankMe (Garrido et al. 2023, eq. 1-2): exp of the entropy of the normalised singular values of [R, D] features.
+    Between 1 (all on one line: collapsed) and D."""
+    values = torch.linalg.svdvals(features.float())
+    p = values / values.sum().clamp_min(1e-12) + 1e-7
+    return float(torch.exp(-(p * p.log()).sum()))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Optimiser and schedules: AdamW; a half cosine for the learning rate after a linear warm-up, for the weight decay and
+# for the teacher's momentum (DINO, section 3.2 and its appendix). All are functions of the share of the run done.
+
+
+def cosine(start: float, end: float, x: float) -> float:
+    """From start (x = 0) to end (x = 1) along half a cosine."""
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(x, 1)))
+
+
+def schedules(cfg: Config, done: float) -> dict[str, float]:
+    """lr, last_layer_lr, weight_decay, momentum and teacher_temp after `done` (0 to 1) of the run."""
+    peak = cfg.lr * math.sqrt(cfg.batch_size / 1024)
+    rising = done < cfg.warmup
+    lr = peak * done / cfg.warmup if rising else cosine(peak, cfg.min_lr, (done - cfg.warmup) / max(1 - cfg.warmup, 1e-9))
+    warm = min(done / cfg.teacher_temp_warmup, 1) if cfg.teacher_temp_warmup else 1
+    return {
+        "lr": lr,
+        "last_layer_lr": 0.0 if done < cfg.freeze_last_layer else lr,
+        "weight_decay": cosine(cfg.weight_decay, cfg.weight_decay_end, done),
+        "momentum": cosine(cfg.momentum, 1.0, done),
+        "teacher_temp": cfg.teacher_temp_start + (cfg.teacher_temp - cfg.teacher_temp_start) * warm,
+    }
+
+
+def make_optimizer(cfg: Config, student: nn.ModuleDict) -> torch.optim.AdamW:
+    """AdamW with DINOv2's parameter groups: no weight decay on biases, norms and LayerScale; the patch embedding
+    learns at 0.2 of the rate; with layer_decay < 1, layer i of n at layer_decay^(n + 1 - i), the tokens' embeddings
+    being layer 0."""
+    depth, groups = len(student["backbone"].blocks), {}
+    for name, parameter in student.named_parameters():
+        layer = depth + 1
+        if name.startswith("backbone.blocks."):
+            layer = int(name.split(".")[2]) + 1
+        elif re.match(r"backbone\.(cls_token|pos_embed|register_tokens|mask_token|patch_embed)", name):
+            layer = 0
+        rate = cfg.layer_decay ** (depth + 1 - layer) * (cfg.patch_embed_lr if "patch_embed" in name else 1.0)
+        decay = not (name.endswith(".bias") or "norm" in name or "gamma" in name)
+        groups.setdefault((rate, decay, "last_layer" in name), []).append(parameter)
+    groups = [dict(params=p, rate=rate, decay=decay, last=last) for (rate, decay, last), p in groups.items()]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=groups[0]["params"][0].device.type != "mps")
+
+
+def apply_schedules(optimizer: torch.optim.AdamW, now: dict[str, float]):
+    for group in optimizer.param_groups:
+        group["lr"] = group["rate"] * now["last_layer_lr" if group["last"] else "lr"]
+        group["weight_decay"] = now["weight_decay"] if group["decay"] else 0.0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Weights in: a backbone's state dict under DINOv2's names, from whatever layout it was published in. Everything is read
+# with weights_only=True: a .pth is a pickle, and a hostile one would otherwise run its code here.
+
+HUB = "https://dl.fbaipublicfiles.com/dinov2/dinov2_{0}/dinov2_{0}{1}_pretrain.pth"  # 0: vits14 ..., 1: _reg4 or nothing
+
+
+def load_file(path: str | Path) -> dict:
+    """The dict in a .pth or .safetensors file; UserError in one line if there is none."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        if str(path).endswith(".safetensors"):
+            from safetensors.torch import load_file as load_safetensors
+
+            return load_safetensors(path)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError:
+        raise UserError(f"{path}: pip install safetensors to read it") from None
+    except Exception as error:  # torch.load raises a different type for each way in which a file can be wrong
+        if "weights_only" in str(error) or "Unsupported" in str(error):
+            raise UserError(f"{path}: refused, as it holds more than tensors and plain values") from None
+        raise UserError(f"{path}: no checkpoint that PyTorch can read") from None
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path}: holds a {type(loaded).__name__}, not a state dict")
+    return loaded
+
+
+def read_backbone(path_or_name: str) -> dict[str, Tensor]:
+    """A backbone's state dict in DINOv2's names, from: our checkpoints and backbone.pth; DINOv2's .pth; RedDino's and
+    DinoBloom's {"teacher": {"backbone.…"}}; timm's layout; or a name (dinov2_vits14, dinov2_vitb14_reg, ...), which
+    is downloaded. Raises UserError for anything else."""
+    name = re.fullmatch(r"dinov2_(vit[sblg]14)(_reg)?", str(path_or_name))
+    if name and not Path(path_or_name).exists():
+        url = HUB.format(name[1], "_reg4" if name[2] else "")
+        try:
+            state = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
+        except OSError as error:
+            raise UserError(f"{path_or_name}: can't download {url} ({error}); fetch it elsewhere, pass its path") from None
+    else:
+        state = load_file(path_or_name)
+    for wrapper in ("teacher", "model", "state_dict"):
+        if isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    state = {re.sub(r"^(module\.)?(_orig_mod\.)?", "", k): v for k, v in state.items() if isinstance(v, Tensor)}
+    if any(k.startswith("backbone.") for k in state):
+        state = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
+    state = {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", k): v for k, v in state.items()}  # DINOv2's block chunks
+    if not {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "norm.weight"} <= set(state):
+        raise UserError(f"{path_or_name}: holds no vision transformer in DINOv2's or timm's layout")
+    return from_timm(state)
+
+
+def from_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """timm's names and shapes to DINOv2's; a state dict that has DINOv2's comes back as it is."""
+    renames = {"reg_token": "register_tokens"}
+    if state["blocks.0.mlp.fc1.weight"].shape[0] != state["blocks.0.mlp.fc2.weight"].shape[1] if (
+        "blocks.0.mlp.fc1.weight" in state
+    ) else False:  # fc1 twice as wide as fc2 expects: a gated feed-forward
+        renames |= {"mlp.fc1": "mlp.w12", "mlp.fc2": "mlp.w3"}
+    for old, new in renames.items():
+        state = {k.replace(old, new): v for k, v in state.items()}
+    pos = state["pos_embed"]
+    if math.isqrt(pos.shape[1]) ** 2 == pos.shape[1]:  # timm's models with registers have no position for cls_token
+        state["pos_embed"] = torch.cat([torch.zeros_like(pos[:, :1]), pos], dim=1)
+    return {k: v for k, v in state.items() if not k.startswith("head.")}
+
+
+def vit_from_state(state: dict[str, Tensor], img_size: int | None = None) -> VisionTransformer:
+    """A VisionTransformer in eval mode that fits a state dict of read_backbone and holds it. img_size: the size whose
+    positions are stored, those of the state dict if None. All of DINOv2's networks have heads of 64 dimensions."""
+    dim, patch = state["cls_token"].shape[-1], state["patch_embed.proj.weight"].shape[-1]
+    depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
+    registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
+    img_size = img_size or patch * math.isqrt(state["pos_embed"].shape[1] - 1)
+    vit = VisionTransformer(img_size, patch, dim, depth, dim // 64, "blocks.0.mlp.w12.weight" in state, registers)
+    load_backbone(vit, state)
+    return vit.eval()
+
+
+def load_backbone(vit: VisionTransformer, state: dict[str, Tensor], source: str = "the weights") -> str:
+    """Load a state dict of read_backbone, positions stretched to vit's size; says in one line what was loaded.
+
+    UserError if it is another architecture's.
+    """
+    grid = vit.img_size // vit.patch_size
+    state = dict(state)
+    state["pos_embed"] = resize_pos_embed(state["pos_embed"], grid, grid, state.get("register_tokens") is not None)
+    own = vit.state_dict()
+    wrong = [k for k, v in state.items() if k in own and own[k].shape != v.shape]
+    missing = [k for k in own if k not in state and k not in ("mask_token", "register_tokens")]
+    if wrong or missing:
+        raise UserError(f"{source} is of another architecture: {(wrong + missing)[0]} does not fit; choose another --arch")
+    vit.load_state_dict(state, strict=False)
+    new, unused = [k for k in own if k not in state], [k for k in state if k not in own]
+    return (f"{source}: {len(own) - len(new)} tensors loaded" + (f"; new: {', '.join(new)}" if new else "")
+            + (f"; not used: {', '.join(unused)}" if unused else ""))  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints out. A run's future depends on the networks, the optimiser, the centers, the scaler and the step, and on
+# nothing else: all randomness is a function of (seed, sample, epoch) or (seed, step), see Views and Draws. So a resumed
+# run is the uninterrupted one, on a CPU bit for bit.
+
+
+def write_aside(path: Path, state: dict, keep: Path | None = None):
+    """torch.save into a new file, flushed to the disk, then renamed over path (which becomes keep): whatever happens
+    meanwhile (kill -9, a full disk, a power cut), the old file or the new one is there, whole. Raises OSError."""
+    aside = path.with_name(path.name + ".new")
+    try:
+        with open(aside, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch's writer wraps the system's error in its own
+        aside.unlink(missing_ok=True)
+        raise OSError(f"can't write {path} ({error})") from None
+    if keep and path.exists():
+        os.replace(path, keep)
+    os.replace(aside, path)
+
+
+def find_checkpoint(cfg: Config) -> tuple[dict | None, str]:
+    """The checkpoint to go on from and a line that says so; None for a new run. See Config.resume. Raises UserError."""
+    out = Path(cfg.out)
+    known = [p for p in (out / "checkpoint.pth", out / "previous.pth") if p.exists()]
+    if cfg.resume == "never":
+        if (known or (out / "metrics.jsonl").exists()) and not cfg.overwrite:
+            raise UserError(f"{out} holds a run: --resume auto goes on with it, --overwrite replaces it")
+        for path in [*known, out / "metrics.jsonl", out / "skipped.txt"]:
+            path.unlink(missing_ok=True)
+        return None, ""
+    paths, trouble = (known if cfg.resume == "auto" else [Path(cfg.resume)]), []
+    for path in paths:
+        try:
+            state = load_file(path)
+            if not {"step", "networks", "optimizer", "config"} <= set(state):
+                raise UserError(f"{path}: holds weights, but no run to go on with; --init starts from them")
+            return state, "; ".join([*trouble, f"going on from {path} at step {state['step']}"])
+        except UserError as error:
+            trouble.append(str(error))
+    if trouble:
+        raise UserError("; ".join(trouble))
+    return None, ""
+
+
+MAY_CHANGE = set("out init workers device dtype compile checkpoint_activations save_every log_every resume overwrite "
+                 "export iters minutes".split())  # options with which a run may be resumed as with others  # fmt: skip
+
+
+def check_same_run(cfg: Config, saved: dict):
+    """UserError naming the options that make cfg another run than the checkpoint's."""
+    new = dataclasses.asdict(cfg) | {"data": [os.path.abspath(d) for d in cfg.data]}
+    changed = [k for k in new if k in saved and k not in MAY_CHANGE and saved[k] != new[k]]
+    if changed:
+        was = ", ".join(f"--{k.replace('_', '-')} was {saved[k]}" for k in changed)
+        raise UserError(f"{cfg.out} holds another run: {was}; choose another --out, or --resume never --overwrite")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data. Draws says which patch each process reads at which step, Views turns a patch into its crops and masks. Sample n
+# of the run is number n % length of a shuffle of epoch n // length: every patch once an epoch, across processes, and
+# the position in the data is the step alone.
+
+
+class Draws:
+    """Batch sampler: for each step from `start`, this process's share of the global batch as (epoch, patch, ratios)."""
+
+    def __init__(self, cfg: Config, patches: Patches, start: int, rank: int, world: int):
+        self.cfg, self.start, self.rank, self.world = cfg, start, rank, world
+        pools = [(first, last) for _, first, last in patches.sources if last > first]
+        self.pools = pools if cfg.balance else [(0, len(patches))]  # balance: the sources take turns
+        self.shuffles = {}
+
+    def patch(self, sample: int) -> tuple[int, int]:
+        """Epoch and patch of sample number `sample` of the run."""
+        pool, turn = sample % len(self.pools), sample // len(self.pools)
+        first, last = self.pools[pool]
+        epoch, place = divmod(turn, last - first)
+        if self.shuffles.get(pool, (None,))[0] != epoch:
+            rng = np.random.default_rng((self.cfg.seed, epoch, pool, 1))  # 1: a stream of its own
+            self.shuffles[pool] = epoch, first + rng.permutation(last - first)
+        return epoch, int(self.shuffles[pool][1][place])
+
+    def __iter__(self):
+        batch, step = self.cfg.batch_size, self.start
+        while self.cfg.minutes or step < self.cfg.iters:
+            ratios = mask_ratios(self.cfg.seed, step, 2 * batch).reshape(batch, 2)
+            slots = range(self.rank, batch, self.world)  # interleaved: each process gets its share of each mask ratio
+            yield [(*self.patch(step * batch + slot), tuple(ratios[slot])) for slot in slots]
+            step += 1
+
+
+class Views(torch.utils.data.Dataset):
+    """(epoch, patch, mask ratios) to a sample: uint8 crops, masks, and the files that could not be read on the way."""
+
+    def __init__(self, cfg: Config, patches: Patches):
+        self.seed, self.patches = cfg.seed, patches
+        self.grid = cfg.global_size // ARCHS[cfg.arch]["patch_size"]
+        self.crop = MultiCrop(cfg.augment, cfg.global_size, cfg.local_size, cfg.local_crops,
+                              (cfg.global_scale, 1.0), (cfg.local_scale, cfg.global_scale))  # fmt: skip
+
+    def __getitem__(self, draw):
+        epoch, index, ratios = draw
+        rng = sample_rng(self.seed, index, epoch)
+        patch, faults = np.full((8, 8, 3), 128, np.uint8), {}  # grey, if nothing at all can be read: train() will stop
+        for _ in range(20):
+            try:
+                patch = self.patches[index]
+                break
+            except BadImage as error:  # another patch takes its place, the same in every repetition of the run
+                faults[error.path] = error.reason
+                index = int(rng.integers(len(self.patches)))
+        global_views, local_views = self.crop(patch, rng)
+        masks = np.stack([block_mask(rng, self.grid, self.grid, ratio).ravel() for ratio in ratios])
+        return global_views, local_views, masks, index, faults
+
+
+def collate(samples: list) -> tuple[Tensor, Tensor, Tensor, list[int], dict]:
+    """Samples to a batch, view after view: [2*B, 3, H, W], [L*B, 3, h, w], masks [2*B, N], patch numbers, faults."""
+    views = [torch.from_numpy(np.stack(part, axis=1)).flatten(0, 1) for part in list(zip(*samples))[:3]]
+    return *views, [s[3] for s in samples], {k: v for s in samples for k, v in s[4].items()}
+
+
+def worker_init(_):
+    """A worker leaves signals to its parent, which finishes its step first, and computes on one core."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def make_loader(cfg: Config, patches: Patches, start: int, rank: int, world: int, device: torch.device):
+    workers = cfg.workers if cfg.workers >= 0 else min(max(cores() // local_world() - (device.type == "cpu"), 1), 16)
+    return torch.utils.data.DataLoader(
+        Views(cfg, patches), batch_sampler=Draws(cfg, patches, start, rank, world), collate_fn=collate,
+        num_workers=workers, worker_init_fn=worker_init, pin_memory=device.type == "cuda",
+        prefetch_factor=4 if workers else None,
+    )  # fmt: skip
+
+
+def normalise(views: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """uint8 crops to the device (a quarter of the bytes of floats), and there to ImageNet's mean 0 and std 1."""
+    mean, std = (torch.tensor(v, device=device, dtype=dtype).view(3, 1, 1) for v in (MEAN, STD))
+    return (views.to(device, non_blocking=True).to(dtype) / 255 - mean) / std
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Machine: processes, devices, and what a step costs.
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def local_world() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def choose_device(cfg: Config) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of matrix products. Raises UserError for a device that isn't there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = cfg.device if cfg.device != "auto" else next(d for d in there if there[d])
+    if not there[name]:
+        raise UserError(f"--device {name}: PyTorch finds none here; --device auto takes what there is")
+    device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
+    if cfg.dtype != "auto":
+        return device, getattr(torch, cfg.dtype)
+    if name == "cuda":
+        return device, torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return device, torch.float32  # measured on a CPU without bfloat16 units: 130 GFLOP/s in float32, 1 in bfloat16
+
+
+def start_processes(device: torch.device) -> tuple[int, int]:
+    """Join torchrun's processes, if there are several: rank and number."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if device.type == "cpu":
+        torch.set_num_threads(max(cores() // local_world(), 1))
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return int(os.environ.get("RANK", 0)), world
+
+
+def from_rank_0(make):
+    """make() on rank 0, its result on all: what one process decides, all must agree on."""
+    box = [make() if not dist.is_initialized() or dist.get_rank() == 0 else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def step_flops(cfg: Config, model: DINO) -> float:
+    """Floating-point operations of a step's matrix products, over all processes: 2 for each weight and token forward,
+    4 more backward, and attention's 4 N^2 D a layer."""
+    vit = model.student["backbone"]
+    weights = sum(m.weight.numel() for m in vit.blocks.modules() if isinstance(m, nn.Linear))
+    head = sum(p.numel() for p in model.student["dino_head"].parameters() if p.dim() == 2)
+
+    def forward(size):
+        n = (size // vit.patch_size) ** 2
+        tokens = n + 1 + cfg.registers
+        return 2 * tokens * weights + 4 * tokens**2 * vit.embed_dim * len(vit.blocks) + 6 * n * vit.patch_size**2 * vit.embed_dim
+
+    n = (cfg.global_size // vit.patch_size) ** 2
+    rows = 2 + 0.5 * 0.3 * 2 * n  # class tokens, and the patches that are masked on average
+    seen_by_both = 2 * forward(cfg.global_size) + 2 * head * rows
+    return cfg.batch_size * (4 * seen_by_both + 3 * cfg.local_crops * (forward(cfg.local_size) + 2 * head))
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second in a large matrix product here: what MFU is a share of."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, best = torch.randn(n, n, device=device).to(dtype), math.inf
+    for _ in range(8):
+        start = time.perf_counter()
+        (a @ a).flatten()[0].item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The loop, and what it writes down.
+
+
+class Interrupt:
+    """While in force, SIGTERM and SIGINT ask for a stop after the step in hand; a second one, 2 s later or more, exits at
+    once (an earlier one is an echo: torchrun passes on to its processes what the terminal has already sent them)."""
+
+    def __enter__(self):
+        self.signal, self.when = 0, 0.0
+        self.before = {which: signal.signal(which, self.note) for which in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for which, handler in self.before.items():
+            signal.signal(which, handler)
+
+    def note(self, which, _):
+        if self.signal and time.monotonic() - self.when > 2:
+            os._exit(128 + which)
+        self.signal, self.when = self.signal or which, self.when or time.monotonic()
+
+
+class Journal:
+    """What rank 0 writes down: the log, OUT/metrics.jsonl with each step once, OUT/skipped.txt with each file once."""
+
+    def __init__(self, out: Path, start: int, writes: bool):
+        self.out, self.writes, self.skipped = out, writes, {}
+        if writes:
+            path, kept = out / "metrics.jsonl", ""
+            if start and path.exists():  # steps after the checkpoint are done again; a killed run's last line may be cut
+                whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
+                kept = "".join(line + "\n" for line in whole if json.loads(line)["step"] < start)
+            path.with_suffix(".new").write_text(kept)
+            os.replace(path.with_suffix(".new"), path)
+            self.metrics = open(path, "a")  # noqa: SIM115  (open as long as the run)
+
+    def say(self, line: str):
+        if self.writes:
+            print(line, flush=True)
+
+    def step(self, values: dict):
+        if self.writes:
+            self.metrics.write(json.dumps(values) + "\n")
+            self.metrics.flush()
+
+    def skip(self, faults: dict[str, str], patches: Patches):
+        """Name each unreadable file once; UserError when they are more than half of all files."""
+        new = [path for path in faults if path not in self.skipped]
+        self.skipped |= faults
+        if new and self.writes:
+            lines = [f"{path!r}: {reason}" for path, reason in self.skipped.items()]
+            (self.out / "skipped.txt").write_text("\n".join(lines) + "\n")
+            for line in lines[-len(new) :][:3]:
+                self.say(f"skipped {line}")
+            self.say(f"{len(lines)} unreadable files so far: {self.out / 'skipped.txt'} lists them")
+        if len(self.skipped) > 0.5 * (len(patches.files) + len(patches.skipped)):
+            raise UserError(f"{len(self.skipped)} of the files can't be read, more than half: {self.out / 'skipped.txt'}")
+
+
+class Watch:
+    """Signs of collapse, the failure that DINO's users report most, for next to nothing: from the teacher's class tokens
+    of the last 2,048 images or more, how many prototypes they are nearest to, their spread and their effective rank."""
+
+    def __init__(self):
+        self.tokens, self.nearest, self.warned = [], [], False
+
+    def note(self, signs: dict[str, Tensor]):
+        self.tokens.append(signs["cls"].float())
+        self.nearest.append(signs["nearest"])
+        while sum(map(len, self.tokens[1:])) >= 2048:
+            self.tokens.pop(0), self.nearest.pop(0)
+
+    def signs(self) -> dict[str, float]:
+        """Nothing until there are enough tokens: the rank of few is low for no fault of the network."""
+        if sum(map(len, self.tokens)) < 2048:
+            return {}
+        tokens = torch.cat(self.tokens)
+        return {"rank": effective_rank(tokens), "std": float(F.normalize(tokens, dim=1).std(0).norm()),
+                "in_use": len(torch.cat(self.nearest).unique())}  # fmt: skip
+
+    def warning(self, signs: dict[str, float], entropy: float, prototypes: int) -> str:
+        """In words, once: the class tokens all but one and the same, or a teacher without an opinion on any image."""
+        if self.warned or not signs or (signs["rank"] > 2 and signs["std"] > 0.01 and entropy < 0.999 * math.log(prototypes)):
+            return ""
+        self.warned = True
+        return (f"WARNING: the teacher has collapsed (effective rank {signs['rank']:.1f}, spread {signs['std']:.3f}, entropy "
+                f"{entropy:.3f} of ln K = {math.log(prototypes):.3f}): features hardly depend on the image. See the README, "
+                "'Signs of collapse'; --koleo 0.1, fewer --prototypes or a higher --lr usually help")  # fmt: skip
+
+
+def prepare(cfg: Config) -> tuple[Patches, dict | None, str]:
+    """On rank 0, before any work: the patches, and the checkpoint to go on from, if any. Raises UserError."""
+    out = Path(cfg.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / ".writable").touch()
+        (out / ".writable").unlink()
+    except OSError as error:
+        raise UserError(f"--out {out}: can't write there ({error.strerror})") from None
+    saved, note = find_checkpoint(cfg)
+    if saved:
+        check_same_run(cfg, saved["config"])
+    patches = Patches(cfg.data, cfg.patch_size)
+    if len(patches) < cfg.batch_size:
+        raise UserError(f"{len(patches)} patches are fewer than --batch-size {cfg.batch_size}: lower it, or add images")
+    if saved and saved["patches"] != len(patches):
+        note += f" (the data have changed: {saved['patches']} patches then, {len(patches)} now; not the same run any more)"
+    return patches, saved, note
+
+
+def train(cfg: Config) -> Path:
+    """Train as cfg says; returns OUT/backbone.pth, the teacher's backbone in DINOv2's layout.
+
+    Raises UserError for what the user can mend, SystemExit(128 + signal) after a SIGTERM or SIGINT.
+    """
+    # --- machine, data, networks, optimiser; all processes start from the same
+    device, dtype = choose_device(cfg)
+    rank, world = start_processes(device)
+    if cfg.batch_size % world:
+        raise UserError(f"--batch-size {cfg.batch_size} can't be shared by {world} processes: choose a multiple")
+    patches, saved, note = from_rank_0(lambda: prepare(cfg))
+    floats = torch.float64 if dtype == torch.float64 else torch.float32  # of parameters; autocast lowers products only
+    torch.manual_seed(cfg.seed)
+    model = DINO(cfg)
+    if saved:
+        for part, state in zip((model.student, model.teacher, model.centers), saved["networks"]):
+            part.load_state_dict(state)
+    elif cfg.init:  # RedDino: from DINOv2's weights, student and teacher alike; only the heads are new
+        state = read_backbone(cfg.init)
+        note = [load_backbone(net["backbone"], state, cfg.init) for net in (model.student, model.teacher)][0]
+    model.to(device, floats)
+    optimizer = make_optimizer(cfg, model.student)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    step, elapsed = 0, 0.0
+    if saved:
+        optimizer.load_state_dict(saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"])
+        step, elapsed = saved["step"], saved["elapsed"]
+    if cfg.compile or (cfg.compile is None and device.type == "cuda"):  # block by block: compiles in seconds, not minutes
+        for block in [*model.student["backbone"].blocks, *model.teacher["backbone"].blocks]:
+            block.compile()
+    parallel = model
+    if world > 1:  # gradients become means over processes while the backward pass still runs
+        ids = [device.index] if device.type == "cuda" else None
+        parallel = nn.parallel.DistributedDataParallel(model, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    # --- say what is going to happen
+    out, watch, journal = Path(cfg.out), Watch(), Journal(Path(cfg.out), step, rank == 0)
+    journal.say(f"{cfg.arch}, {sum(p.numel() for p in model.student['backbone'].parameters()) / 1e6:.1f}M parameters, on "
+                f"{len(patches)} patches of {len(patches.files)} images; {world} x {device.type}, {str(dtype)[6:]}")  # fmt: skip
+    journal.say(note) if note else None
+    journal.skip(patches.skipped, patches)
+    flops, peak = step_flops(cfg, model) / world, matmul_rate(device, dtype)
+    faults, bad_in_a_row, waited, began = {}, 0, 0.0, time.monotonic() - elapsed
+    since, since_step = time.monotonic(), step
+
+    def save():
+        if rank == 0:
+            os.fsync(journal.metrics.fileno())
+            config = dataclasses.asdict(cfg) | {"data": [os.path.abspath(d) for d in cfg.data]}
+            networks = [part.state_dict() for part in (model.student, model.teacher, model.centers)]
+            write_aside(out / "checkpoint.pth", {
+                "networks": networks, "teacher": networks[1], "optimizer": optimizer.state_dict(), "step": step,
+                "scaler": scaler.state_dict(), "elapsed": elapsed, "config": config, "patches": len(patches), "world": world,
+            }, keep=out / "previous.pth")  # fmt: skip
+
+    with Interrupt() as interrupt:
+        batches = iter(make_loader(cfg, patches, step, rank, world, device))
+        while (done := elapsed / 60 / cfg.minutes if cfg.minutes else step / cfg.iters) < 1:
+            # --- a batch
+            waiting = time.monotonic()
+            global_views, local_views, masks, indices, new_faults = next(batches)
+            waited += time.monotonic() - waiting
+            faults |= new_faults
+            global_views, local_views = (normalise(v, device, floats) for v in (global_views, local_views))
+
+            # --- forward, backward
+            now = schedules(cfg, done)
+            apply_schedules(optimizer, now)
+            torch.manual_seed(int(np.random.default_rng((cfg.seed, step, rank, 3)).integers(2**62)))  # stochastic depth
+            with torch.autocast(device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
+                losses = parallel(global_views, local_views, masks, now["teacher_temp"])
+            loss = sum(losses.values())
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            norms = [nn.utils.clip_grad_norm_(part.parameters(), cfg.clip) for part in model.student.values()]
+
+            # --- one exchange a step: numbers as means over processes, whether any was told to stop, rank 0's clock
+            numbers = {"loss": loss, **losses, **{f"grad_{k[:4]}": v for k, v in zip(model.student, norms)},
+                       "teacher_entropy": model.signs["entropy"], "stop": loss.new_tensor(float(interrupt.signal > 0)),
+                       "seconds": loss.new_tensor(world * (time.monotonic() - began) * (rank == 0))}  # fmt: skip
+            means = all_reduce(torch.stack([v.detach().to(floats) for v in numbers.values()])).div(world).tolist()
+            numbers = dict(zip(numbers, means))
+            elapsed, stop = numbers["seconds"], numbers.pop("stop") > 0
+
+            # --- update, unless a number is not finite: then nothing of this step reaches the networks
+            finite = all(map(math.isfinite, means))
+            if finite:
+                scaler.step(optimizer)
+                model.update_teacher(now["momentum"])
+                watch.note(model.signs)
+            starting = scaler.is_enabled() and math.isfinite(numbers["loss"]) and scaler.get_scale() > 1  # fp16 finds its scale
+            scaler.update() if scaler.is_enabled() else None
+            if not finite:
+                files = ", ".join(sorted({repr(patches.file_of(i)) for i in indices}))
+                journal.say(f"step {step} skipped: loss {numbers['loss']:.4g}, a loss or gradient is not finite; files: {files}")
+                numbers = {k: v if math.isfinite(v) else None for k, v in numbers.items()}
+            bad_in_a_row = 0 if finite or starting else bad_in_a_row + 1
+
+            # --- write down
+            last = stop or bad_in_a_row == 3 or (elapsed / 60 >= cfg.minutes if cfg.minutes else step + 1 >= cfg.iters)
+            signs = watch.signs() if (step + 1) % cfg.log_every == 0 or last else {}
+            journal.step({"step": step, **numbers, **now, **signs, "skipped": not finite})
+            step += 1
+            if step % cfg.log_every == 0 or last:
+                if world > 1:
+                    everyones = [{}] * world
+                    dist.all_gather_object(everyones, faults)
+                    faults = {k: v for one in everyones for k, v in one.items()}
+                journal.skip(faults, patches)
+                seconds, steps = time.monotonic() - since, step - since_step
+                eta = (60 * cfg.minutes - elapsed) if cfg.minutes else seconds / steps * (cfg.iters - step)
+                parts = " ".join(f"{k} {numbers[k]:.3f}" for k in losses if numbers[k] is not None)
+                line = [f"step {step}" + f"/{cfg.iters}" * (not cfg.minutes), f"loss {numbers['loss'] or math.nan:.3f} ({parts})",
+                        f"lr {now['lr']:.1e}", f"entropy {numbers['teacher_entropy'] or math.nan:.2f}/{math.log(cfg.prototypes):.2f}",
+                        *([f"rank {signs['rank']:.0f}/{model.student['backbone'].embed_dim}"] if signs else []),
+                        f"{steps * cfg.batch_size / seconds:.1f} img/s", f"wait {waited / seconds:.0%}",
+                        f"MFU {steps * flops / seconds / peak:.0%}", f"ETA {eta // 3600:.0f}:{eta // 60 % 60:02.0f}:{eta % 60:02.0f}"]  # fmt: skip
+                journal.say("  ".join(line))
+                warning = watch.warning(signs, numbers["teacher_entropy"] or 0.0, cfg.prototypes)
+                journal.say(warning) if warning else None
+                faults, waited, since, since_step = {}, 0.0, time.monotonic(), step
+            if bad_in_a_row == 3:
+                raise UserError(f"three steps in a row were not finite; {out}'s last checkpoint, from before them, is kept: "
+                                "look at the files named above, lower --lr, or try --dtype float32")  # fmt: skip
+            if step % cfg.save_every == 0 or last:
+                save()
+            if stop:
+                journal.say(f"interrupted: saved at step {step}; the same command goes on from there")
+                raise SystemExit(128 + (interrupt.signal or signal.SIGTERM))
+    if rank == 0:
+        write_aside(out / "backbone.pth", model.teacher["backbone"].state_dict())
+        journal.say(f"done: {out / 'backbone.pth'} holds the teacher's backbone")
+    return out / "backbone.pth"
+
+
+def demo(cfg: Config):
+    """Without --data: draw smears, train on some, score the features on others before and after."""
+    from eval import evaluate
+    from smears import draw
+
+    device, _ = choose_device(cfg)
+    rank, _ = start_processes(device)
+    out = Path(cfg.out)
+    if rank == 0:
+        print(f"no --data: drawing blood smears in {out} to train on, and others to score the features on", flush=True)
+    drawn = from_rank_0(lambda: [draw(out / "seen", 160, 2 * cfg.seed), draw(out / "unseen", 60, 2 * cfg.seed + 1)])
+    cfg.data = [str(Path(drawn[0]).parent)]
+    backbone = train(cfg)
+    if rank == 0:
+        torch.manual_seed(cfg.seed)
+        write_aside(out / "untrained.pth", DINO(cfg).teacher["backbone"].state_dict())
+        weights = {"pixels": "pixels", "colour": "colour", "before training": out / "untrained.pth", "after training": backbone}
+        evaluate(drawn[1], weights, protocols=["knn"], out=out / "scores", device=cfg.device)
+
+
+def main(argv: list[str] | None = None):
+    try:
+        cfg = parse_args(sys.argv[1:] if argv is None else argv)
+        if cfg.export:
+            write_aside(Path(cfg.export), read_backbone(str(Path(cfg.out) / "checkpoint.pth")))
+        elif cfg.data:
+            train(cfg)
+        else:
+            demo(cfg)
+    except (UserError, OSError) as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"reddino.py: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized() and sys.exc_info()[0] is None:
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
