@@ -29,6 +29,7 @@ import re
 import signal
 import sys
 import time
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,11 +48,11 @@ from augment import MEAN, STD, BadImage, MultiCrop, Patches, UserError, sample_r
 # Durations are shares of the run, so that a recipe keeps its shape when the run gets longer.
 
 
-def opt(default, text, choices=None):
-    """A field of Config with its line of help."""
-    metadata = {"help": text, "choices": choices}
+def opt(default, text, choices=None, low=0, high=math.inf):
+    """A field of Config: default, one line of help, and what may be given."""
+    metadata = dict(help=text, choices=choices, low=low, high=high)
     if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+        return dataclasses.field(default_factory=list, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -64,19 +65,19 @@ class Config:
     arch: str = opt("vits14", "size of the backbone", ["nano", "vits14", "vitb14", "vitl14", "vitg14"])
     init: str = opt("", "start from this backbone: a .pth, or dinov2_vits14 and its sisters by name (RedDino does)")
     registers: int = opt(0, "register tokens (Darcet et al. 2024: 4; RedDino: none)")
-    drop_path: float = opt(0.0, "stochastic depth (DINOv2: 0.3; in effect 0 in RedDino's release)")
+    drop_path: float = opt(0.0, "stochastic depth (DINOv2: 0.3; in effect 0 in RedDino's release)", high=1)
     layerscale: float = opt(1e-5, "initial LayerScale (DINOv2)")
-    prototypes: int = opt(131072, "K, outputs of a head (RedDino, DINOv2's long setup; its short one: 65536)")
-    head_hidden: int = opt(2048, "width of a head's MLP (DINOv2)")
-    head_bottleneck: int = opt(256, "dimensions in which prototypes are compared (RedDino, DINOv2's short setup)")
+    prototypes: int = opt(131072, "K, outputs of a head (RedDino, DINOv2's long setup; its short one: 65536)", low=1)
+    head_hidden: int = opt(2048, "width of a head's MLP (DINOv2)", low=1)
+    head_bottleneck: int = opt(256, "dimensions in which prototypes are compared (RedDino, DINOv2's short setup)", low=1)
     separate_heads: bool = opt(False, "one head for class tokens, another for patches (DINOv2's long setup)")
     # what it sees
     patch_size: int = opt(224, "images are cut into patches of this many pixels; 0: whole images (RedDino)")
-    global_size: int = opt(224, "pixels of the 2 global views (DINOv2)")
-    local_size: int = opt(98, "pixels of the local views (DINOv2 with patch 14)")
+    global_size: int = opt(224, "pixels of the 2 global views (DINOv2)", low=1)
+    local_size: int = opt(98, "pixels of the local views (DINOv2 with patch 14)", low=1)
     local_crops: int = opt(1, "local views of an image (RedDino: 1; DINOv2: 8)")
-    global_scale: float = opt(0.32, "least share of the area that a global view shows (DINOv2)")
-    local_scale: float = opt(0.05, "least share of the area that a local view shows (DINOv2); the most is global_scale")
+    global_scale: float = opt(0.32, "least share of the area that a global view shows (DINOv2)", high=1)
+    local_scale: float = opt(0.05, "least share of the area that a local view shows (DINOv2); the most is global_scale", high=1)
     augment: str = opt("reddino", "pixel transforms: RedDino's 32, or DINOv2's", ["reddino", "dinov2"])
     balance: bool = opt(False, "draw from the folders evenly, whatever their sizes")
     # the objective
@@ -84,34 +85,34 @@ class Config:
                          ["sinkhorn-knopp", "moving-average"])  # fmt: skip
     koleo: float = opt(0.0, "weight of KoLeo (DINOv2: 0.1; RedDino takes it out)")
     ibot: float = opt(1.0, "weight of the patch-token loss (DINOv2)")
-    student_temp: float = opt(0.1, "temperature of the student's softmax (DINO)")
-    teacher_temp_start: float = opt(0.04, "temperature of the teacher's at first (DINO)")
-    teacher_temp: float = opt(0.07, "and after its warm-up (DINO)")
+    student_temp: float = opt(0.1, "temperature of the student's softmax (DINO)", low=1e-6)
+    teacher_temp_start: float = opt(0.04, "temperature of the teacher's at first (DINO)", low=1e-6)
+    teacher_temp: float = opt(0.07, "and after its warm-up (DINO)", low=1e-6)
     teacher_temp_warmup: float = opt(3.0, "share of the run (RedDino: 30 epochs in a 10-epoch run; DINOv2: 0.3, 0.06)")
     # the optimiser
-    iters: int = opt(19500, "optimiser steps (RedDino S: 10 x 1,950)")
+    iters: int = opt(19500, "optimiser steps (RedDino S: 10 x 1,950)", low=1)
     minutes: float = opt(0.0, "a time budget instead of iters: the schedules follow the clock")
-    batch_size: int = opt(560, "images a step, over all processes (RedDino S: 2 GPUs x 280)")
+    batch_size: int = opt(560, "images a step, over all processes (RedDino S: 2 GPUs x 280)", low=1)
     lr: float = opt(2e-4, "peak learning rate at batch 1024, scaled by sqrt(batch / 1024) (RedDino; DINOv2's long)")
     min_lr: float = opt(1e-6, "learning rate at the end, not scaled (DINOv2)")
-    warmup: float = opt(0.01, "share of the run in which lr rises (RedDino: 0.1 of 10 epochs; DINOv2: 0.1, 0.16)")
+    warmup: float = opt(0.01, "share of the run in which lr rises (RedDino: 0.1 of 10 epochs; DINOv2: 0.1, 0.16)", high=1)
     weight_decay: float = opt(0.04, "at first (DINOv2)")
     weight_decay_end: float = opt(0.2, "at the end (RedDino, DINOv2's long setup; its short one: 0.4)")
-    momentum: float = opt(0.994, "of the teacher's EMA at first; 1 at the end (RedDino, DINOv2's long setup)")
-    clip: float = opt(3.0, "gradient norm of a module is clipped to this (DINOv2)")
+    momentum: float = opt(0.994, "of the teacher's EMA at first; 1 at the end (RedDino, DINOv2's long setup)", high=1)
+    clip: float = opt(3.0, "gradient norm of a module is clipped to this (DINOv2)", low=1e-6)
     layer_decay: float = opt(1.0, "each layer learns this much slower than the next (RedDino: 1; DINOv2's short: 0.9)")
     patch_embed_lr: float = opt(0.2, "learning rate of the patch embedding, relative (DINOv2)")
-    freeze_last_layer: float = opt(0.0, "share of the run in which prototypes stay (RedDino: 0; DINOv2: 1 epoch)")
+    freeze_last_layer: float = opt(0.0, "share of the run in which prototypes stay (RedDino: 0; DINOv2: 1 epoch)", high=1)
     # the machine
     seed: int = opt(0, "of everything random")
-    workers: int = opt(-1, "processes that load data, for each training process; -1: as many as its cores, at most 16")
+    workers: int = opt(-1, "processes that load data, for each training process; -1: as many as its cores, at most 16", low=-1)
     device: str = opt("auto", "auto, cpu, cuda, mps", ["auto", "cpu", "cuda", "mps"])
     dtype: str = opt("auto", "of matrix products; auto: bfloat16 where the GPU has it, else float16; float32 on a CPU",
                      ["auto", "float32", "bfloat16", "float16", "float64"])  # fmt: skip
     compile: bool | None = opt(None, "torch.compile each block; by default on CUDA")
     checkpoint_activations: bool = opt(False, "recompute blocks in the backward pass: half the memory, 1.3x the time")
-    save_every: int = opt(500, "steps between checkpoints")
-    log_every: int = opt(10, "steps between lines of the log (metrics.jsonl has every step)")
+    save_every: int = opt(500, "steps between checkpoints", low=1)
+    log_every: int = opt(10, "steps between lines of the log (metrics.jsonl has every step)", low=1)
     resume: str = opt("auto", "auto: go on from OUT; never: start anew; PATH: go on from that checkpoint")
     overwrite: bool = opt(False, "with --resume never: replace the run in OUT")
     export: str = opt("", "write the backbone of the run in OUT to this file, and stop")
@@ -131,27 +132,16 @@ PRESETS = {
 def configure(**given) -> Config:
     """Config of an architecture: what is given, else its preset, else the default. Raises UserError on nonsense."""
     cfg = Config(**{**PRESETS.get(given.get("arch", "vits14"), {}), **given})
-    patch = ARCHS[cfg.arch]["patch_size"] if cfg.arch in ARCHS else 0
-    views = [("--global-size", cfg.global_size)] + [("--local-size", cfg.local_size)] * (cfg.local_crops > 0)
-    shares = ("global_scale", "local_scale", "warmup", "momentum", "drop_path", "freeze_last_layer")
-    positive = ("prototypes", "iters", "batch_size", "student_temp", "teacher_temp", "teacher_temp_start", "save_every",
-                "log_every", "head_hidden", "head_bottleneck", "clip")  # fmt: skip
     for field in dataclasses.fields(Config):
-        choices = field.metadata["choices"]
-        if choices and getattr(cfg, field.name) not in choices:
-            raise UserError(f"--{field.name.replace('_', '-')} is one of {', '.join(choices)}")
-    for name in positive:
-        if not getattr(cfg, name) > 0:
-            raise UserError(f"--{name.replace('_', '-')} must be more than 0")
-    for name in shares:
-        if not 0 <= getattr(cfg, name) <= 1:
-            raise UserError(f"--{name.replace('_', '-')} must lie between 0 and 1")
-    for name in ("local_crops", "koleo", "ibot", "lr", "min_lr", "patch_size", "registers", "minutes"):
-        if getattr(cfg, name) < 0:
-            raise UserError(f"--{name.replace('_', '-')} can't be negative")
-    for name, size in views:
-        if size % patch or size <= 0:
-            raise UserError(f"{name} {size}: {cfg.arch} needs a multiple of its {patch}-pixel patches")
+        value, allowed, flag = getattr(cfg, field.name), field.metadata, "--" + field.name.replace("_", "-")
+        if allowed["choices"] and value not in allowed["choices"]:
+            raise UserError(f"{flag} {value}: choose from {', '.join(allowed['choices'])}")
+        if isinstance(value, int | float) and not allowed["low"] <= value <= allowed["high"]:
+            raise UserError(f"{flag} {value}: must lie between {allowed['low']} and {allowed['high']}")
+    patch = ARCHS[cfg.arch]["patch_size"]
+    for flag, size in [("--global-size", cfg.global_size), ("--local-size", cfg.local_size)][: 1 + (cfg.local_crops > 0)]:
+        if size % patch:
+            raise UserError(f"{flag} {size}: {cfg.arch} needs a multiple of its {patch}-pixel patches")
     if cfg.local_crops and cfg.local_scale >= cfg.global_scale:
         raise UserError("--local-scale must be below --global-scale: local views show less than global ones")
     if cfg.overwrite and cfg.resume != "never":
@@ -160,45 +150,31 @@ def configure(**given) -> Config:
 
 
 def parse_args(argv: list[str]) -> Config:
-    """The command line, made from Config. Without --data and --arch, the architecture is `nano`, for the demo."""
-    parser = argparse.ArgumentParser("reddino.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
-                                     formatter_class=argparse.RawTextHelpFormatter)  # fmt: skip
+    """The command line, made from Config. Without --data the default architecture is `nano`, for the demo."""
+    parser = argparse.ArgumentParser("reddino.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
 
     def error(message):
         raise UserError(f"{message} (see --help)")
 
     parser.error = error
     for field in dataclasses.fields(Config):
-        default = field.default if field.default is not dataclasses.MISSING else []
-        text = f"{field.metadata['help']} [{'' if default in ([], None) else default}"
-        text += "".join(f"; {a} {p[field.name]}" for a, p in PRESETS.items() if field.name in p) + "]"
+        default = "" if field.default is dataclasses.MISSING else field.default
+        presets = "".join(f"; {arch} {p[field.name]}" for arch, p in PRESETS.items() if field.name in p)
         kind = dict(choices=field.metadata["choices"], type=type(default))
-        if isinstance(default, list):
+        if field.default is dataclasses.MISSING:
             kind = dict(nargs="+")
         elif isinstance(default, bool) or default is None:
             kind = dict(action=argparse.BooleanOptionalAction)
-        parser.add_argument(f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS, help=text.replace("%", "%%"), **kind)
+        text = f"{field.metadata['help']} [{default}{presets}]".replace("%", "%%")
+        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **kind)
     given = vars(parser.parse_args(argv))
-    if "data" not in given:
-        given.setdefault("arch", "nano")
-    return configure(**given)
+    return configure(**({} if "data" in given else {"arch": "nano"}) | given)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Patches. A ViT reads an image as a sequence of N square patches of p x p pixels, each projected linearly to D
 # dimensions, and adds to each a learned embedding of its position. At another image size the grid of positions is
 # stretched bicubically. (Dosovitskiy et al. 2021, section 3.1; Oquab et al. 2023, section 5.)
-
-
-class PatchEmbed(nn.Module):
-    """Image [B, 3, H, W] to patch tokens [B, N, D]; a p x p convolution with stride p is that linear projection."""
-
-    def __init__(self, patch_size: int, dim: int):
-        super().__init__()
-        self.proj = nn.Conv2d(3, dim, patch_size, stride=patch_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)
 
 
 def resize_pos_embed(pos: Tensor, height: int, width: int, registers: int = 0) -> Tensor:
@@ -242,16 +218,9 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).reshape(B, N, D))
 
 
-class Mlp(nn.Module):
+def Mlp(dim: int) -> nn.Module:
     """The usual feed-forward: 4x wider inside, GELU."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, 4 * dim)
-        self.fc2 = nn.Linear(4 * dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+    return nn.Sequential(OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
 
 
 class SwiGLU(nn.Module):
@@ -318,7 +287,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.img_size, self.patch_size, self.embed_dim = img_size, patch_size, embed_dim
         self.checkpoint_activations = False
-        self.patch_embed = PatchEmbed(patch_size, embed_dim)
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, embed_dim, patch_size, stride=patch_size)})  # that projection
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (img_size // patch_size) ** 2, embed_dim))
         self.register_tokens = nn.Parameter(torch.zeros(1, registers, embed_dim)) if registers else None
@@ -338,7 +307,7 @@ class VisionTransformer(nn.Module):
         height, width = x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size
         if (height * self.patch_size, width * self.patch_size) != tuple(x.shape[-2:]):
             raise UserError(f"an image of {x.shape[-1]}x{x.shape[-2]} pixels has no whole {self.patch_size}-pixel patches")
-        x = self.patch_embed(x)  # [B, N, D]
+        x = self.patch_embed["proj"](x).flatten(2).transpose(1, 2)  # [B, N, D]
         if masks is not None:
             x = torch.where(masks.unsqueeze(-1), self.mask_token.to(x.dtype), x)
         registers = 0 if self.register_tokens is None else self.register_tokens.shape[1]
@@ -721,9 +690,9 @@ def load_file(path: str | Path) -> dict:
     except ImportError:
         raise UserError(f"{path}: pip install safetensors to read it") from None
     except Exception as error:  # torch.load raises a different type for each way in which a file can be wrong
-        if "weights_only" in str(error) or "Unsupported" in str(error):
-            raise UserError(f"{path}: refused, as it holds more than tensors and plain values") from None
-        raise UserError(f"{path}: no checkpoint that PyTorch can read") from None
+        unsafe = "Unsupported" in str(error) or "weights_only" in str(error)
+        why = "refused: it holds more than tensors and plain values" if unsafe else "not a file that PyTorch can read"
+        raise UserError(f"{path}: {why}") from None
     if not isinstance(loaded, dict):
         raise UserError(f"{path}: holds a {type(loaded).__name__}, not a state dict")
     return loaded
@@ -757,14 +726,13 @@ def read_backbone(path_or_name: str) -> dict[str, Tensor]:
 def from_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """timm's names and shapes to DINOv2's; a state dict that has DINOv2's comes back as it is."""
     renames = {"reg_token": "register_tokens"}
-    if state["blocks.0.mlp.fc1.weight"].shape[0] != state["blocks.0.mlp.fc2.weight"].shape[1] if (
-        "blocks.0.mlp.fc1.weight" in state
-    ) else False:  # fc1 twice as wide as fc2 expects: a gated feed-forward
+    fc1, fc2 = (state.get(f"blocks.0.mlp.{name}.weight") for name in ("fc1", "fc2"))
+    if fc1 is not None and fc1.shape[0] == 2 * fc2.shape[1]:  # fc1 gives gate and value: timm's packed SwiGLU
         renames |= {"mlp.fc1": "mlp.w12", "mlp.fc2": "mlp.w3"}
     for old, new in renames.items():
         state = {k.replace(old, new): v for k, v in state.items()}
     pos = state["pos_embed"]
-    if math.isqrt(pos.shape[1]) ** 2 == pos.shape[1]:  # timm's models with registers have no position for cls_token
+    if math.isqrt(pos.shape[1]) ** 2 == pos.shape[1]:  # timm adds the class token's position to the token itself
         state["pos_embed"] = torch.cat([torch.zeros_like(pos[:, :1]), pos], dim=1)
     return {k: v for k, v in state.items() if not k.startswith("head.")}
 
@@ -933,7 +901,7 @@ def worker_init(_):
 
 
 def make_loader(cfg: Config, patches: Patches, start: int, rank: int, world: int, device: torch.device):
-    workers = cfg.workers if cfg.workers >= 0 else min(max(cores() // local_world() - (device.type == "cpu"), 1), 16)
+    workers = cfg.workers if cfg.workers >= 0 else min(cores(), 16) if device.type == "cuda" else 1
     return torch.utils.data.DataLoader(
         Views(cfg, patches), batch_sampler=Draws(cfg, patches, start, rank, world), collate_fn=collate,
         num_workers=workers, worker_init_fn=worker_init, pin_memory=device.type == "cuda",
@@ -952,11 +920,9 @@ def normalise(views: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor
 
 
 def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def local_world() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    """CPU cores for each process on this machine."""
+    everyone = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(everyone // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
 
 
 def choose_device(cfg: Config) -> tuple[torch.device, torch.dtype]:
@@ -979,7 +945,7 @@ def start_processes(device: torch.device) -> tuple[int, int]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if device.type == "cpu":
-        torch.set_num_threads(max(cores() // local_world(), 1))
+        torch.set_num_threads(cores())
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return int(os.environ.get("RANK", 0)), world
@@ -993,22 +959,19 @@ def from_rank_0(make):
     return box[0]
 
 
-def step_flops(cfg: Config, model: DINO) -> float:
+def step_flops(cfg: Config, vit: VisionTransformer, head: DINOHead) -> float:
     """Floating-point operations of a step's matrix products, over all processes: 2 for each weight and token forward,
     4 more backward, and attention's 4 N^2 D a layer."""
-    vit = model.student["backbone"]
-    weights = sum(m.weight.numel() for m in vit.blocks.modules() if isinstance(m, nn.Linear))
-    head = sum(p.numel() for p in model.student["dino_head"].parameters() if p.dim() == 2)
+    weights, head = (sum(p.numel() for p in part.parameters() if p.dim() == 2) for part in (vit.blocks, head))
 
     def forward(size):
         n = (size // vit.patch_size) ** 2
         tokens = n + 1 + cfg.registers
-        return 2 * tokens * weights + 4 * tokens**2 * vit.embed_dim * len(vit.blocks) + 6 * n * vit.patch_size**2 * vit.embed_dim
+        return 2 * tokens * weights + (4 * tokens**2 * len(vit.blocks) + 6 * n * vit.patch_size**2) * vit.embed_dim
 
-    n = (cfg.global_size // vit.patch_size) ** 2
-    rows = 2 + 0.5 * 0.3 * 2 * n  # class tokens, and the patches that are masked on average
-    seen_by_both = 2 * forward(cfg.global_size) + 2 * head * rows
-    return cfg.batch_size * (4 * seen_by_both + 3 * cfg.local_crops * (forward(cfg.local_size) + 2 * head))
+    rows = 2 + 0.5 * 0.3 * 2 * (cfg.global_size // vit.patch_size) ** 2  # class tokens, and patches masked on average
+    by_both = 2 * forward(cfg.global_size) + 2 * head * rows  # the teacher forward, the student forward and backward
+    return cfg.batch_size * (4 * by_both + 3 * cfg.local_crops * (forward(cfg.local_size) + 2 * head))
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -1175,7 +1138,8 @@ def train(cfg: Config) -> Path:
                 f"{len(patches)} patches of {len(patches.files)} images; {world} x {device.type}, {str(dtype)[6:]}")  # fmt: skip
     journal.say(note) if note else None
     journal.skip(patches.skipped, patches)
-    flops, peak = step_flops(cfg, model) / world, matmul_rate(device, dtype)
+    flops = step_flops(cfg, model.student["backbone"], model.student["dino_head"]) / world
+    peak = matmul_rate(device, dtype)
     faults, bad_in_a_row, waited, began = {}, 0, 0.0, time.monotonic() - elapsed
     since, since_step = time.monotonic(), step
 
