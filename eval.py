@@ -13,17 +13,14 @@
            pixels   the crop itself, 16 x 16;
            colour   its histogram. A backbone that scores like this one is a detector of stains.
 
-Why frozen features: a small classifier can only use what is there, so the score is the backbone's own, in seconds. Why
-groups: cells of one smear share stain, focus and patient, and a classifier that trained on some of them recognises the
-smear. So a group (an image, if no column says more) is never on both sides; and as its cells err together, the 95%
-intervals come from drawing groups, not cells, anew. Leave-one-source-out asks what a laboratory asks: does it work on
-our microscope? Results: a table here; results.json, .csv and .md (to paste) in --out.
+Why frozen: a small classifier can only use what is there, so the score is the backbone's own, in seconds. Why groups:
+cells of one smear share stain, focus and patient, and whoever trained on some of them recognises the smear. So a group
+(an image, if no column says more) is never on both sides; and as its cells err together, the 95% intervals come from
+drawing groups, not cells, anew. Leaving one source out asks what a laboratory asks: does it work on our microscope?
 """
-
 import argparse
 import copy
 import csv
-import functools
 import hashlib
 import importlib.util
 import itertools
@@ -49,15 +46,15 @@ from reddino import VisionTransformer, build_vit, read_backbone, vit_from_state
 
 PROTOCOLS = ("knn", "linear", "fewshot")
 SCORES = {"accuracy": "accuracy", "balanced_accuracy": "balanced", "macro_f1": "macro F1", "weighted_f1": "weighted F1",
-          "auroc": "AUROC"}  # fmt: skip
+          "auroc": "AUROC"}
 L2 = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # strengths that the linear probe chooses from, strongest first
 SHOTS, DRAWS, FEWSHOT_L2 = (1, 5, 10, 50), 20, 0.1  # the best of 1, 0.1, 0.01 on Chula, for pixels, colour and random
 REPLICATES = 1000  # of the bootstrap: the ends of an interval then move by a few percent of its length between seeds
 PIXELS, COLOUR, BINS = 16, 64, 32  # input sizes of these two baselines; a channel's bins
 
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Labels. Whatever the layout, the cells end as parallel arrays, sorted by image, so that each image is decoded once.
-
 
 @dataclass
 class Cells:
@@ -69,10 +66,10 @@ class Cells:
     image: np.ndarray  # cells with the same number are of one image: of files with the same content
     group: np.ndarray  # cells with the same number stay together: the CSV's groups, or the images
     by: str  # "group" or "image"
-    source: np.ndarray | None  # index into sources
-    sources: list[str]
-    split: np.ndarray | None  # "train" or "test"
-    digest: str  # of all that the crops depend on
+    source: np.ndarray | None = None  # index into sources
+    sources: tuple[str, ...] = ()
+    split: np.ndarray | None = None  # "train" or "test"
+    digest: str = ""  # of all that the crops depend on
 
 
 def csv_rows(path: str) -> list[dict]:
@@ -86,28 +83,26 @@ def csv_rows(path: str) -> list[dict]:
     columns = {"image", "x", "y", "label", "group", "source", "split"} & set(reader.fieldnames or ())
     if missing := {"image", "label", *("xy" if columns & {"x", "y"} else "")} - columns:
         raise UserError(f"{path}: no column {' and '.join(sorted(missing))}; it needs image,x,y,label[,group][,source]")
-    for row, c in itertools.product(rows, sorted(columns)):
-        row[c] = (row[c] or "").strip()
-        if not (re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", row[c], re.I) if c in "xy" else row[c]):
-            raise UserError(f"{path}, line {row['line']}: {c} is {row[c]!r}" + ", not a number" * (c in "xy"))
-    for image in dict.fromkeys(row["image"] for row in rows):
-        if not os.path.lexists(os.path.join(os.path.dirname(path), image)):
-            raise UserError(f"{path} names {image}, which is not there (paths start at the CSV's folder)")
-    return [{**row, "image": os.path.join(os.path.dirname(path), row["image"])} for row in rows]
+    for row in rows:
+        for c in sorted(columns):
+            row[c] = (row[c] or "").strip()
+            if not (re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", row[c], re.I) if c in "xy" else row[c]):
+                raise UserError(f"{path}, line {row['line']}: {c} is {row[c]!r}" + ", not a number" * (c in "xy"))
+        row["image"] = os.path.join(os.path.dirname(path), row["image"])
+        if not os.path.lexists(row["image"]):
+            raise UserError(f"{path}, line {row['line']}: image is {row['image']}, which is not there")
+    return rows
 
 
 def file_digest(path: str) -> str:
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest() if os.path.isfile(path) else path
     except OSError:  # reported when its pixels are wanted
-        return hashlib.sha256(os.fsencode(path)).hexdigest()
+        return path
 
 
 def read_cells(data: str, drop_labels=()) -> Cells:
     """The labelled cells of a CSV or of class folders; UserError for all that would make their scores meaningless."""
-    if not os.path.exists(data):
-        raise UserError(f"--data {data}: no such file or folder")
     if os.path.isdir(data):
         folders = sorted(e.name for e in os.scandir(data) if e.is_dir() and not e.name.startswith("."))
         rows = [{"image": f, "label": c} for c in folders for f in find_images(os.path.join(data, c))]
@@ -126,10 +121,10 @@ def read_cells(data: str, drop_labels=()) -> Cells:
         return [str(v) for v in values], index
 
     (classes, label), (files, file), (sources, source) = column("label"), column("image"), column("source")
-    (_, group), (splits, split) = column("group"), column("split")
+    group, split = column("group")[1], np.array([r["split"] for r in rows]) if "split" in rows[0] else None
     if np.bincount(label).min() < 2:
         raise UserError(f"class {classes[np.bincount(label).argmin()]!r} has one cell, which can't be both learnt and "
-                        "tested; label more of it or leave it out with --drop-label")  # fmt: skip
+                        "tested; label more of it or leave it out with --drop-label")
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(file_digest, files))
     image = np.unique(digests, return_inverse=True)[1][file]  # under two names it is one (Chula has 18 such)
@@ -139,14 +134,13 @@ def read_cells(data: str, drop_labels=()) -> Cells:
     centre = np.array([(r["x"], r["y"]) for r in rows], float) if "x" in rows[0] else None
     if centre is not None and centre.max() <= 1:
         raise UserError(f"{data}: x and y look like fractions of the image's size; they have to be pixels")
-    content = "".join(digests).encode() + file.tobytes() + (b"" if centre is None else centre.tobytes())
-    content, split = hashlib.sha256(content).hexdigest(), None if split is None else np.array(splits)[split]
-    return Cells(files, file, centre, label, classes, image, group, by, source, sources, split, content)
+    content = os.fsencode("".join(digests)) + file.tobytes() + (b"" if centre is None else centre.tobytes())
+    return Cells(files, file, centre, label, classes, image, group, by, source, tuple(sources), split,
+                 hashlib.sha256(content).hexdigest())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Backbones: modules that map normalised images [B, 3, S, S] to features [B, D].
-
 
 class Colour(nn.Module):
     """How much of each colour, nothing of where: histograms of R, G and B. (Of their counts the square root, so that
@@ -159,39 +153,38 @@ class Colour(nn.Module):
         return counts.flatten().bincount(minlength=BINS * len(bins)).view(len(x), -1).sqrt() / x.shape[3]  # [B, 3 BINS]
 
 
-def headless(model: nn.Module) -> nn.Module:
-    """A torchvision classifier without its last stage: what its classifier would have seen, [B, D]."""
-    setattr(model, next(n for n in ("fc", "classifier", "heads", "head") if hasattr(model, n)), nn.Identity())
-    return nn.Sequential(model, nn.Flatten())
-
-
 def make_backbone(name: str, like: nn.Module | None) -> nn.Module:
     from torchvision.models import get_model, list_models  # takes a second, which the training's demo need not wait for
 
-    kind, _, arch = name.partition(":")
+    arch = name.removeprefix("random").removeprefix(":")
     if name in ("pixels", "colour"):
         return nn.Flatten() if name == "pixels" else Colour()
-    if kind == "random" and arch in list_models():
-        return headless(get_model(arch))
-    if kind == "random":  # LayerScale 1: at DINOv2's 1e-5 class tokens are alike up to rounding, which is a straw man
-        if arch or like is None:
-            return build_vit(arch or "nano", 224 if arch else 64, layerscale=1.0)
-        shape = like.img_size, like.patch_size, like.embed_dim, len(like.blocks), like.embed_dim // 64
-        return VisionTransformer(*shape, swiglu=hasattr(like.blocks[0].mlp, "w12"), layerscale=1.0)
-    if name not in list_models() or os.path.exists(name):
+    if arch in list_models() and not os.path.exists(name):
+        try:
+            model = get_model(arch, weights="DEFAULT" if arch == name else None)  # trained on ImageNet
+        except OSError as error:
+            raise UserError(f"--weights {name}: torchvision can't download it ({error})") from None
+        setattr(model, next(n for n in ("fc", "classifier", "heads", "head") if hasattr(model, n)), nn.Identity())
+        return nn.Sequential(model, nn.Flatten())  # what its classifier would have seen, [B, D]
+    if arch == name:
         return vit_from_state(read_backbone(name))
-    try:
-        return headless(get_model(name, weights="DEFAULT"))  # trained on ImageNet
-    except OSError as error:
-        raise UserError(f"--weights {name}: torchvision can't download it ({error})") from None
+    # LayerScale 1: at DINOv2's 1e-5 class tokens of an untrained network are alike up to rounding, which is a straw man
+    if arch or like is None:
+        return build_vit(arch or "nano", 224 if arch else 64, layerscale=1.0)
+    shape = like.img_size, like.patch_size, like.embed_dim, len(like.blocks), like.embed_dim // 64
+    return VisionTransformer(*shape, swiglu=hasattr(like.blocks[0].mlp, "w12"), layerscale=1.0)
 
 
 def load_backbone(name: str, size: int | None = None, device: str = "auto", like=None, seed: int = 0) -> nn.Module:
-    """A frozen backbone by path or name (see --weights) that maps images [B, 3, size, size] to features [B, D].
-
-    size: default what its positions were trained at, at most 224. like: a network whose shape `random` takes.
-    It carries .size, .device and .digest (of its weights). UserError if there is no such backbone.
-    """
+    """A frozen backbone by path or name (see --weights) that maps images [B, 3, size, size] to features [B, D], with
+    .size, .device and .digest (of its weights). UserError if there is none. size: default what its positions were
+    trained at, at most 224. like: a network whose shape `random` takes."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.zeros(1, device=device).device
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {device}: there is none here") from None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         backbone = make_backbone(str(name), like).eval().requires_grad_(False)
@@ -202,22 +195,12 @@ def load_backbone(name: str, size: int | None = None, device: str = "auto", like
     content = hashlib.sha256(type(backbone).__name__.encode())
     for key, value in backbone.state_dict().items():
         content.update(key.encode() + value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    backbone.digest, backbone.device = content.hexdigest(), torch.device(pick_device(device))
-    return backbone.to(backbone.device)
-
-
-def pick_device(device: str) -> str:
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        return str(torch.zeros(1, device=device).device)
-    except (RuntimeError, AssertionError):
-        raise UserError(f"--device {device}: there is none here") from None
+    backbone.digest, backbone.device = content.hexdigest(), device
+    return backbone.to(device)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Features. Threads decode files ahead of the network, each file once for all of its cells.
-
+# Features. Threads decode the files, each once for all of its cells.
 
 def window(image: np.ndarray, left: int, top: int, side: int) -> Tensor:
     """A square of uint8 [H, W, 3] as [3, side, side]. Beyond the border the edge goes on: black would be a hint."""
@@ -226,35 +209,36 @@ def window(image: np.ndarray, left: int, top: int, side: int) -> Tensor:
     return torch.from_numpy(image[rows[:, None], columns]).permute(2, 0, 1)
 
 
-def cut(cells: Cells, which: slice, crop: int, size: int) -> Tensor | BadImage:
+def cut(path: str, centres: np.ndarray | None, crop: int, size: int) -> Tensor:
     """The cells of one file, uint8 [k, 3, crop, crop]; or all of the file in a square of `size`, its shape kept."""
-    path = cells.files[cells.file[which.start]]
-    try:
-        image = read_image(path)
-    except BadImage as bad:
-        return bad
+    image = read_image(path)
     height, width = image.shape[:2]
-    if cells.centre is None:
+    if centres is None:
         height, width = (max(1, round(n * size / max(image.shape))) for n in (height, width))
         image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
         return window(image, (width - size) // 2, (height - size) // 2, size)[None]
-    for x, y in cells.centre[which]:
+    for x, y in centres:
         if not (0 <= x <= width and 0 <= y <= height):
             raise UserError(f"a cell at x={x:g}, y={y:g} is outside {path}, which has {width}x{height} pixels")
-    corners = np.rint(cells.centre[which]).astype(int) - crop // 2
-    return torch.stack([window(image, x, y, crop) for x, y in corners])
+    return torch.stack([window(image, x, y, crop) for x, y in np.rint(centres).astype(int) - crop // 2])
 
 
-def crops_of(cells: Cells, crop: int, size: int):
-    """Yields for 64 files at a time: cell numbers [b], crops uint8 [b, 3, side, side], bad files {path: reason}."""
-    starts = [*np.flatnonzero(np.diff(cells.file, prepend=-1)), len(cells.file)]
-    files = [slice(*ends) for ends in itertools.pairwise(starts)]
+def crops_of(cells: Cells, crop: int, size: int, skipped: dict):
+    """Yields all cells in order, uint8 [b, 3, side, side], about 256 at a time. Those of files that can't be read are
+    black; `skipped` gets {path: reason}."""
+    def read(f):
+        here = slice(*np.searchsorted(cells.file, (f, f + 1)))
+        try:
+            return cut(cells.files[f], None if cells.centre is None else cells.centre[here], crop, size)
+        except BadImage as bad:
+            skipped[bad.path] = bad.reason
+            side = size if cells.centre is None else crop
+            return torch.zeros(here.stop - here.start, 3, side, side, dtype=torch.uint8)
+
+    batch = math.ceil(256 * len(cells.files) / len(cells.file))
     with ThreadPoolExecutor() as pool:
-        for i in range(0, len(files), 64):
-            read = list(pool.map(lambda which: (which, cut(cells, which, crop, size)), files[i : i + 64]))
-            good = [(torch.arange(which.start, which.stop), c) for which, c in read if isinstance(c, Tensor)]
-            numbers, crops = (torch.cat(t) for t in zip(*good)) if good else (torch.zeros(0).long(), None)
-            yield numbers, crops, {c.path: c.reason for _, c in read if isinstance(c, BadImage)}
+        for first in range(0, len(cells.files), batch):
+            yield torch.cat(list(pool.map(read, range(first, min(first + batch, len(cells.files))))))
 
 
 def network_input(images: Tensor, size, device: torch.device) -> Tensor:
@@ -264,29 +248,20 @@ def network_input(images: Tensor, size, device: torch.device) -> Tensor:
     return (images - images.new_tensor(MEAN)[:, None, None]) / images.new_tensor(STD)[:, None, None]
 
 
-def half_precision(device: torch.device, train: bool = False):
-    """Autocast on NVIDIA's GPUs: bfloat16, before Ampere float16 (not in training: it underflows). Else float32."""
-    old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
-    on = device.type == "cuda" and not (old and train)
-    return torch.autocast(device.type, torch.float16 if old else torch.bfloat16, enabled=on)
-
-
 @torch.inference_mode()
 def extract_features(backbone: nn.Module, images, patch_tokens: bool = False, batch: int = 256):
-    """Features float32 [B, D] of images: uint8 [B, 3, H, W], or a list of [H, W, 3] arrays of one size.
-
-    patch_tokens: (class tokens [B, D], patch tokens [B, N, D]) instead; only vision transformers have them.
-    """
+    """Features float32 [B, D] of images: uint8 [B, 3, H, W], or a list of [H, W, 3] arrays of one size. patch_tokens:
+    (class tokens [B, D], patch tokens [B, N, D]) instead; only vision transformers have them."""
     if not isinstance(images, Tensor):
         images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
     parts = []
     for some in images.split(batch):
         x = network_input(some, (backbone.size, backbone.size), backbone.device)
-        with half_precision(backbone.device):
+        with torch.autocast(backbone.device.type, torch.float16, enabled=backbone.device.type == "cuda"):  # as DINOv2
             x = backbone.forward_features(x) if patch_tokens else (backbone(x),)
         parts.append([t.float().cpu() for t in x])
-    tokens = [torch.cat(p) for p in zip(*parts)]
-    return tuple(tokens) if patch_tokens else tokens[0]
+    tokens = tuple(torch.cat(p) for p in zip(*parts))
+    return tokens if patch_tokens else tokens[0]
 
 
 def embed(label: str, backbone: nn.Module, cells: Cells, crop: int, out, log) -> tuple[Tensor, dict]:
@@ -296,19 +271,17 @@ def embed(label: str, backbone: nn.Module, cells: Cells, crop: int, out, log) ->
     cache = out and os.path.join(out, "features", key.hexdigest()[:32] + ".pt")
     if out and os.path.exists(cache):
         return tuple(torch.load(cache, weights_only=True))
-    features, skipped, done, began, told = torch.zeros(0), {}, 0, time.monotonic(), 10
-    for numbers, crops, bad in crops_of(cells, crop, backbone.size):
-        skipped |= bad
-        for some in torch.arange(len(numbers)).split(256) if len(numbers) else ():
-            x = extract_features(backbone, crops[some])
-            features = features if len(features) else x.new_full((len(cells.file), x.shape[1]), math.nan)
-            features[numbers[some]] = x
-            done, took = done + len(some), time.monotonic() - began
-            if took > told:
-                told = took + 10
-                log(f"{label}: {done:,} of {len(cells.file):,} cells, {took * (len(cells.file) / done - 1):.0f} s left")
+    parts, skipped, done, began, told = [], {}, 0, time.monotonic(), 10
+    for crops in crops_of(cells, crop, backbone.size, skipped):
+        parts.append(extract_features(backbone, crops))
+        done, took = done + len(crops), time.monotonic() - began
+        if took > told:
+            told = took + 10
+            log(f"{label}: {done:,} of {len(cells.file):,} cells, {took * (len(cells.file) / done - 1):.0f} s left")
     if len(skipped) > len(cells.files) / 2:
         raise UserError(f"{len(skipped)} of {len(cells.files)} images can't be read; {BadImage(*min(skipped.items()))}")
+    features = torch.cat(parts)
+    features[np.isin(np.array(cells.files)[cells.file], list(skipped))] = math.nan
     log(f"{label}: {features.shape[1]} features of {done:,} cells in {time.monotonic() - began:.0f} s")
     if out:
         os.makedirs(os.path.dirname(cache), exist_ok=True)
@@ -320,12 +293,9 @@ def embed(label: str, backbone: nn.Module, cells: Cells, crop: int, out, log) ->
 # ----------------------------------------------------------------------------------------------------------------------
 # Classifiers on frozen features (and, to compare, on one that is not). All give probabilities [M, C].
 
-
 def knn(train_x: Tensor, train_y: Tensor, test_x: Tensor, k=20, n_classes: int | None = None, temp=0.07) -> Tensor:
-    """k nearest neighbours by cosine; a neighbour's vote weighs exp(cosine / temp), as in DINO's evaluation.
-
-    train_x [N, D], train_y int [N], test_x [M, D] to the shares of the votes [M, C].
-    """
+    """k nearest neighbours by cosine, each vote weighing exp(cosine / temp) as in DINO's evaluation: [N, D], int [N],
+    [M, D] to the shares of the votes [M, C]."""
     n_classes = n_classes or int(train_y.max()) + 1
     train_x, shares = F.normalize(train_x, dim=1), []
     for some in F.normalize(test_x, dim=1).split(1024):  # so that the cosines take 4 KB per training cell, not 4 M
@@ -336,12 +306,9 @@ def knn(train_x: Tensor, train_y: Tensor, test_x: Tensor, k=20, n_classes: int |
 
 
 def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, l2=1e-2, n_classes: int | None = None) -> Tensor:
-    """Multinomial logistic regression on standardised features: minimises mean cross-entropy + l2/2 |W|^2, the bias
-    free; scikit-learn's with C = 1 / (l2 N).
-
-    train_x [N, D], train_y int [N], test_x [M, D] to probabilities [M, C]; classes that training lacks get 0.
-    l2: a strength; or several, strongest first, for [len(l2), M, C]: each fit then starts from the one before.
-    """
+    """Multinomial logistic regression on standardised features, [N, D], int [N], [M, D] to probabilities [M, C] (0 for
+    classes that training lacks): minimises mean cross-entropy + l2/2 |W|^2, the bias free; C = 1 / (l2 N).
+    l2: a strength; or several, strongest first, for [len(l2), M, C]: each fit then starts from the one before."""
     n_classes, strengths = n_classes or int(train_y.max()) + 1, np.atleast_1d(l2).tolist()
     present, y = train_y.unique(return_inverse=True)
     mean, std = train_x.mean(0), train_x.std(0, correction=0)
@@ -350,19 +317,15 @@ def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, l2=1e-2, n_cl
     # A ViT's features are so correlated that L-BFGS crawls. Along their principal axes, each scaled by the root of its
     # curvature (at most variance / 4, plus l2), it needs a quarter of the passes for the same minimum (one core, Chula,
     # 14,418 cells, l2 1e-4: 3 s against scikit-learn's 11 at 192 features, 5 against 43 at 768). Few cells, few axes.
-    if len(x) < x.shape[1]:
-        _, s, axes = torch.linalg.svd(x, full_matrices=False)
-        variance, axes = s.square() / len(x), axes.T
-    else:
-        variance, axes = torch.linalg.eigh(x.T @ x / len(x))
-    x, test_x = x @ axes, test_x @ axes
+    _, s, axes = torch.linalg.svd(x if len(x) < x.shape[1] else torch.linalg.qr(x, "r")[1], full_matrices=False)
+    x, test_x, variance = x @ axes.T, test_x @ axes.T, s.square() / len(x)
     weight, bias = x.new_zeros(x.shape[1], len(present)), x.new_zeros(len(present), requires_grad=True)
     probabilities = x.new_zeros(len(strengths), len(test_x), n_classes)
     for i, strength in enumerate(strengths):
-        scale = (variance.clamp(min=0) / 4 + strength).rsqrt()[:, None]
+        scale = (variance / 4 + strength).rsqrt()[:, None]
         scaled = (weight / scale).requires_grad_()
         optimizer = torch.optim.LBFGS([scaled, bias], max_iter=1000, history_size=50, line_search_fn="strong_wolfe",
-                                      tolerance_grad=3e-5, tolerance_change=1e-9)  # fmt: skip
+                                      tolerance_grad=3e-5, tolerance_change=1e-9)
 
         def loss(optimizer=optimizer, scale=scale, scaled=scaled, strength=strength):
             optimizer.zero_grad()
@@ -392,13 +355,11 @@ def tuned_probe(train_x, train_y, test_x, groups: np.ndarray, n_classes: int, se
 
 
 def fine_tune(backbone: nn.Module, crops: Tensor, cells: Cells, train: np.ndarray, test: np.ndarray, seed: int = 0,
-              epochs: int = 30, lr: float = 5e-4, decay: float = 0.75, patience: int = 5) -> Tensor:  # fmt: skip
+              epochs: int = 30, lr: float = 5e-4, decay: float = 0.75, patience: int = 5) -> Tensor:
     """Train the whole backbone with a linear head on crops[train], uint8 [n, 3, side, side]; probabilities of
     crops[test] at the epoch with the best weighted F1 on a fifth of the training groups. Stops `patience` epochs later.
-
     Each block's lr is `decay` times that of the block above (as in BEiT's and MAE's fine-tuning): what is near the
-    pixels is general and worth keeping. epochs and lr are a guess.
-    """
+    pixels is general and worth keeping. epochs and lr are a guess."""
     torch.manual_seed(seed)
     y, device, n_classes = torch.from_numpy(cells.label), backbone.device, len(cells.classes)
     held = held_out(cells.group[train], cells.label[train], seed)
@@ -412,6 +373,7 @@ def fine_tune(backbone: nn.Module, crops: Tensor, cells: Cells, train: np.ndarra
         parameters.append({"params": [p], "lr": lr * decay ** (top - layer)})
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    half = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)  # bfloat16, from Ampere on
     while schedule.last_epoch < epochs and waited < patience:
         net.train()
         for some in torch.from_numpy(fit)[torch.randperm(len(fit))].split(64):
@@ -420,7 +382,7 @@ def fine_tune(backbone: nn.Module, crops: Tensor, cells: Cells, train: np.ndarra
             for r, turned in zip(random, (lambda x: x.flip(2), lambda x: x.flip(3), lambda x: x.transpose(2, 3))):
                 x = torch.where(r < 0.5, turned(x), x)  # a cell has no up
             x = x * (0.8 + 0.4 * random[3]) + 0.4 * (random[4] - 0.5)  # contrast and light
-            with half_precision(device, train=True):
+            with torch.autocast(device.type, torch.bfloat16, enabled=half):
                 loss = F.cross_entropy(head(net(x)).float(), y[some].to(device))
             optimizer.zero_grad()
             loss.backward()
@@ -437,12 +399,9 @@ def fine_tune(backbone: nn.Module, crops: Tensor, cells: Cells, train: np.ndarra
 # ----------------------------------------------------------------------------------------------------------------------
 # Splits and scores.
 
-
 def group_folds(groups: np.ndarray, labels: np.ndarray, k: int = 5, seed: int = 0) -> np.ndarray:
-    """A fold number 0..k-1 for each cell [n]: groups stay whole, classes are spread evenly.
-
-    Largest group first, each goes where it adds least to the sum of squares of the folds' shares of the classes.
-    """
+    """A fold number 0..k-1 for each cell [n]: groups stay whole, classes are spread evenly. Largest group first, each
+    goes where it adds least to the sum of squares of the folds' shares of the classes."""
     groups = np.unique(groups, return_inverse=True)[1]
     counts = np.zeros((groups.max() + 1, labels.max() + 1))
     np.add.at(counts, (groups, labels), 1)
@@ -457,21 +416,21 @@ def group_folds(groups: np.ndarray, labels: np.ndarray, k: int = 5, seed: int = 
 
 def make_splits(cells: Cells, readable: np.ndarray, folds: int, seed: int, log=print) -> dict[str, list[tuple]]:
     """{name: [(training cells, test cells), ...]}: k folds or the CSV's own split; and each source left out in turn."""
-    learn, ask = (readable if cells.split is None else readable & (cells.split == s) for s in ("train", "test"))
-    fold = group_folds(cells.group, cells.label, folds, seed)
-    tests = {f"{fold.max() + 1} folds by {cells.by}": [fold == f for f in range(fold.max() + 1)]}
-    tests = tests if cells.split is None else {"the CSV's split": [cells.split == "test"]}
+    fold, splits = group_folds(cells.group, cells.label, folds, seed), {}
+    tests = [(f"{fold.max() + 1} folds by {cells.by}", fold == f) for f in range(fold.max() + 1)]
+    learn = ask = readable
+    if cells.split is not None:
+        learn, ask = readable & (cells.split == "train"), readable & (cells.split == "test")
+        tests = [("the CSV's split", ask)]
     if len(cells.sources) > 1:
-        tests["one source left out"] = [cells.source == s for s in range(len(cells.sources))]
-    splits = {}
-    for name, part in ((name, part) for name, parts in tests.items() for part in parts):
-        test = ask & part
-        both = np.isin(cells.group, cells.group[test]) | np.isin(cells.image, cells.image[test])
-        train, test = np.flatnonzero(learn & ~part & ~both), np.flatnonzero(test)
-        if lost := (learn & ~part & both).sum():
-            log(f"{name}: {lost} cells are not trained on, as their image or group is tested")
-        if len(train) and len(test):
-            splits.setdefault(name, []).append((train, test))
+        tests += [("one source left out", cells.source == s) for s in range(len(cells.sources))]
+    for name, part in tests:
+        test, train = ask & part, learn & ~part
+        both = train & (np.isin(cells.group, cells.group[test]) | np.isin(cells.image, cells.image[test]))
+        if both.any():
+            log(f"{name}: {both.sum()} cells are not trained on, as their image or group is tested")
+        if (train & ~both).any() and test.any():
+            splits.setdefault(name, []).append((np.flatnonzero(train & ~both), np.flatnonzero(test)))
     if not splits:
         raise UserError("no way of splitting leaves cells to train on and others to test on; add images")
     return splits
@@ -488,23 +447,22 @@ def scores(counts: np.ndarray) -> dict[str, np.ndarray]:
     recall = hit / np.where(true, true, np.nan)
     f1 = 2 * hit / np.where(true + called, true + called, np.nan)
     return {"accuracy": hit.sum(-1) / true.sum(-1), "balanced_accuracy": np.nanmean(recall, -1),
-            "macro_f1": np.nanmean(f1, -1), "weighted_f1": np.nansum(f1 * true, -1) / true.sum(-1)}  # fmt: skip
+            "macro_f1": np.nanmean(f1, -1), "weighted_f1": np.nansum(f1 * true, -1) / true.sum(-1)}
 
 
-def auroc(truth: np.ndarray, score: np.ndarray, weight: np.ndarray | None = None) -> float:
+def auroc(truth: np.ndarray, score: np.ndarray, weight: np.ndarray | float = 1.0) -> float:
     """The chance that a positive scores above a negative, ties counting half; NaN unless there are both."""
-    weight = np.ones(len(truth)) if weight is None else weight
     level = np.unique(score, return_inverse=True)[1]
     positive, negative = np.bincount(level, weight * truth), np.bincount(level, weight * ~truth)
     pairs = positive.sum() * negative.sum()
     return float(positive @ (negative.cumsum() - negative / 2) / pairs) if pairs else math.nan
 
 
-def bootstrap(n_groups: int, seed: int) -> np.ndarray:
-    """How often each group is drawn, [REPLICATES, G]: as many as there are, with replacement. The same seed draws the
-    same groups for each backbone, so that their difference can be taken replicate by replicate. (What the intervals
+def bootstrap(n: int, seed: int) -> np.ndarray:
+    """How often each of n groups is drawn, [REPLICATES, n]: as many as there are, with replacement. The same seed draws
+    the same groups for each backbone, so that their difference can be taken replicate by replicate. (What the intervals
     leave out: on other training cells the classifier would have been another.)"""
-    rng, n = np.random.default_rng(seed), n_groups
+    rng = np.random.default_rng(seed)
     return np.stack([np.bincount(rng.integers(n, size=n), minlength=n).astype(np.float32) for _ in range(REPLICATES)])
 
 
@@ -515,8 +473,7 @@ def judge(truth: np.ndarray, probs: np.ndarray, group: np.ndarray, seed: int = 0
     counts = np.zeros((group.max() + 1, n_classes**2), np.float32)
     np.add.at(counts, (group, truth * n_classes + guess), 1)
     times, whole = bootstrap(len(counts), seed), confusion(truth, guess, n_classes)
-    again = scores((times @ counts).reshape(-1, n_classes, n_classes))
-    value = {k: float(v) for k, v in scores(whole).items()}
+    value, again = scores(whole), scores((times @ counts).reshape(-1, n_classes, n_classes))
     if n_classes == 2:
         value["auroc"] = auroc(truth == 1, probs[:, 1])
         again["auroc"] = np.array([auroc(truth == 1, probs[:, 1], t[group]) for t in times])
@@ -527,23 +484,20 @@ def judge(truth: np.ndarray, probs: np.ndarray, group: np.ndarray, seed: int = 0
 # ----------------------------------------------------------------------------------------------------------------------
 # Protocols. A result is a row of results.json: metrics by name, and in "again" their replicates.
 
-
 def study_level(truth: np.ndarray, probs: np.ndarray, group: np.ndarray, seed: int) -> dict[str, dict]:
     """AUROC of whole studies (groups), scored by the mean or the maximum of their members' probabilities. A study is
     positive for a class if any member is; the AUROC is the mean over the classes that some studies have, some not."""
-    study = np.unique(group, return_inverse=True)[1]
-    shape = study.max() + 1, probs.shape[1]
-    has, highest, total = np.zeros(shape, bool), np.zeros(shape), np.zeros(shape)
-    has[study, truth] = True
+    study, rows = np.unique(group, return_inverse=True)[1], {}
+    has, highest, total = (np.zeros((study.max() + 1, probs.shape[1])) for _ in range(3))
+    has[study, truth] = 1
     np.maximum.at(highest, study, probs)
     np.add.at(total, study, probs)
-    classes, rows = np.flatnonzero(has.any(0) & ~has.all(0)), {}
-    for pool, score in (("mean", total / np.bincount(study)[:, None]), ("maximum", highest)):
-        if len(classes):
-            times = np.vstack([np.ones(len(has)), bootstrap(len(has), seed)])
-            auc = np.array([[auroc(has[:, c], score[:, c], t) for c in classes] for t in times])  # [1 + R, classes]
-            auc = np.nansum(auc, 1) / np.where(known := (~np.isnan(auc)).sum(1), known, np.nan)
-            rows[f"{pool} of a study"] = {"auroc": float(auc[0]), "studies": len(has), "again": {"auroc": auc[1:]}}
+    times = np.vstack([np.ones(len(has)), bootstrap(len(has), seed)])
+    classes = np.flatnonzero(has.any(0) & ~has.all(0))
+    for pool, score in (("mean", total / np.bincount(study)[:, None]), ("maximum", highest)) if len(classes) else ():
+        auc = np.array([[auroc(has[:, c] > 0, score[:, c], t) for c in classes] for t in times])  # [1 + R, classes]
+        auc = np.nansum(auc, 1) / np.where(known := (~np.isnan(auc)).sum(1), known, np.nan)
+        rows[f"{pool} of a study"] = {"auroc": float(auc[0]), "studies": len(has), "again": {"auroc": auc[1:]}}
     return rows
 
 
@@ -559,31 +513,29 @@ def few_shot(x: Tensor, y: Tensor, cells: Cells, parts: list, shots: int, seed: 
         guess = linear_probe(x[chosen], y[chosen], x[test], FEWSHOT_L2).argmax(1).cpu().numpy()
         draws.append(scores(confusion(cells.label[test], guess, n_classes)))
     again = {k: np.array([d[k] for d in draws]) for k in draws[0]}
-    deviation = {k: float(v.std(ddof=1)) for k, v in again.items()}
-    return {k: float(v.mean()) for k, v in again.items()} | {"shots": shots, "deviation": deviation, "again": again}
+    deviation = {k: v.std(ddof=1) for k, v in again.items()}
+    return {k: v.mean() for k, v in again.items()} | {"shots": shots, "deviation": deviation, "again": again}
 
 
 def measure(x: Tensor, cells: Cells, parts: list, protocols, seed: int, tune=None) -> dict[str, dict]:
     """{protocol: result} of one backbone's features [n, D] on one way to split the cells; each test cell counts once.
-
-    tune: a function of training and test cells that gives the fine-tuned backbone's probabilities of the latter.
-    """
+    tune: (backbone, crops) to fine-tune it too."""
     y, n_classes, methods = torch.from_numpy(cells.label).to(x.device), len(cells.classes), {}
     if "knn" in protocols:
         methods |= {f"{k}-NN": lambda a, b, k=k: knn(x[a], y[a], x[b], k, n_classes) for k in (1, 20)}
     if "linear" in protocols:
         methods["linear probe"] = lambda a, b: tuned_probe(x[a], y[a], x[b], cells.group[a], n_classes, seed)
     if tune:
-        methods["fine-tuned"] = tune
+        methods["fine-tuned"] = lambda a, b: fine_tune(*tune, cells, a, b, seed)
     tested, results = np.concatenate([test for _, test in parts]), {}
     truth, group = cells.label[tested], cells.group[tested]
     for name, method in methods.items():
         probs = np.concatenate([method(train, test).cpu().numpy() for train, test in parts])
-        results[name] = judge(truth, probs, group, seed)
-        for s, source in enumerate(cells.sources):
+        by_source = {}
+        results[name] = judge(truth, probs, group, seed) | {"by_source": by_source}
+        for s in np.unique(cells.source[tested]) if cells.sources else ():
             here = cells.source[tested] == s
-            found = scores(confusion(truth[here], probs[here].argmax(1), n_classes)) if here.any() else {}
-            results[name].setdefault("by_source", {})[source] = {k: float(v) for k, v in found.items()}
+            by_source[cells.sources[s]] = scores(confusion(truth[here], probs[here].argmax(1), n_classes))
         if cells.by == "group" and name != "1-NN":  # which has no probabilities to pool
             results |= {f"{name}, {pool}": row for pool, row in study_level(truth, probs, group, seed).items()}
     few = {f"few-shot, {n} a class": few_shot(x, y, cells, parts, n, seed) for n in SHOTS if "fewshot" in protocols}
@@ -592,42 +544,33 @@ def measure(x: Tensor, cells: Cells, parts: list, protocols, seed: int, tune=Non
 
 def compare(found: dict[str, dict], split: str) -> tuple[list, list]:
     """{backbone: {protocol: result}} to rows, with intervals, and to the differences of all pairs of backbones."""
-    def interval(replicates):
-        return np.nanpercentile(replicates, [2.5, 97.5]).tolist()
-
+    def interval(replicates): return np.nanpercentile(replicates, [2.5, 97.5]).tolist()
     rows, pairs = [], []
     for protocol in dict.fromkeys(itertools.chain(*found.values())):
         block = {label: by[protocol] for label, by in found.items() if protocol in by}
-        place = {"protocol": protocol, "split": split}
-        again = {label: row.pop("again") for label, row in block.items()}
+        place, again = {"protocol": protocol, "split": split}, {label: row.pop("again") for label, row in block.items()}
         for a, row in block.items():
             rows.append(place | {"weights": a} | row | {"interval": {k: interval(v) for k, v in again[a].items()}})
             pairs += [place | {"weights": a, "minus": b, "metric": k, "difference": row[k] - block[b][k],
                                "interval": interval(v - again[b][k])}
-                      for b in block if b != a for k, v in again[a].items()]  # fmt: skip
+                      for b in block if b != a for k, v in again[a].items()]
     return rows, pairs
 
 
 def evaluate(data, weights, protocols=PROTOCOLS, crop=80, out=None, device="auto", size=None, seed=0, log=print,
-             drop_labels=(), folds=5, finetune=False, figures=None) -> dict:  # fmt: skip
-    """Score backbones on labelled cells; gives the table to `log`, returns what results.json holds.
-
-    data, protocols, crop, size, ...: as on the command line. weights: paths or names; or {name in the table: path or
-    name}. out: folder for the results and the features' cache; None writes nothing. Raises UserError, before any work.
-    """
+             drop_labels=(), folds=5, finetune=False, figures=None) -> dict:
+    """Score backbones on labelled cells; gives the table to `log`, returns what results.json holds. Options: as on the
+    command line; weights may also be {name in the table: path or name}; out=None writes nothing. Raises UserError, and
+    OSError where `out` or `figures` can't be written to, before any work."""
     if unknown := [p for p in protocols if p not in PROTOCOLS]:
         raise UserError(f"--protocols {unknown[0]}: choose from {', '.join(PROTOCOLS)}")
     if crop < 2 or folds < 2 or (size or 1) < 1:
         raise UserError("--crop and --folds have to be at least 2, and --size at least 1")
     if figures and not importlib.util.find_spec("matplotlib"):
         raise UserError("--figures needs matplotlib: pip install matplotlib")
-    for folder in (f for f in (out, figures) if f):
-        try:
-            os.makedirs(folder, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            raise UserError(f"{folder} can't be written to: {error.strerror}") from None
-    device = pick_device(device)
+    for folder in filter(None, (out, figures)):
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()  # can it be written to?
     cells = read_cells(str(data), drop_labels)
     weights = weights if isinstance(weights, dict) else {str(w): w for w in weights}
     backbones = dict.fromkeys(weights)
@@ -639,31 +582,28 @@ def evaluate(data, weights, protocols=PROTOCOLS, crop=80, out=None, device="auto
     for label, backbone in backbones.items():
         features[label], bad = embed(label, backbone, cells, crop, out, log)
         skipped |= bad
+    readable = ~features[label][:, 0].isnan().numpy()
     if skipped:
         log(f"{len(skipped)} of {len(cells.files)} images can't be read, e.g. {BadImage(*min(skipped.items()))}")
     for c, name in enumerate(cells.classes):
         if cells.split is None and len(set(cells.group[cells.label == c])) == 1:
             log(f"class {name!r} is in one {cells.by} only, so it is never both learnt and tested")
-    readable = ~np.isin(cells.file, [i for i, f in enumerate(cells.files) if f in skipped])
-    if finetune:  # wants all crops at once: 19 KB each at 80 pixels
-        side = 224 if cells.centre is None else crop
-        crops = torch.zeros(len(cells.file), 3, side, side, dtype=torch.uint8)
-        for numbers, some, _ in crops_of(cells, crop, side):
-            crops[numbers] = some if len(numbers) else crops[:0]
+    crops = torch.cat(list(crops_of(cells, crop, 224, {}))) if finetune else None  # 19 KB each at 80 pixels
     rows, pairs = [], []
-    for i, (split, parts) in enumerate(make_splits(cells, readable, folds, seed, log).items()):
+    for split, parts in make_splits(cells, readable, folds, seed, log).items():
         found = {}
-        for label, x in features.items():
-            x, began = x.to(device if "cuda" in device else "cpu"), time.monotonic()
-            tune = finetune and backbones[label].state_dict() and functools.partial(
-                fine_tune, backbones[label], crops, cells, seed=seed)  # fmt: skip
-            found[label] = measure(x, cells, parts, [p for p in protocols if p != "fewshot" or i == 0], seed, tune)
+        for label, backbone in backbones.items():
+            began, x = time.monotonic(), features[label]
+            x = x.to(backbone.device) if backbone.device.type == "cuda" else x
+            tune = (backbone, crops) if finetune and backbone.state_dict() else None
+            found[label] = measure(x, cells, parts, protocols, seed, tune)
             log(f"{label}: {split}, {time.monotonic() - began:.0f} s")
         rows, pairs = (a + b for a, b in zip((rows, pairs), compare(found, split)))
+        protocols = [p for p in protocols if p != "fewshot"]  # whose draws are of the first split
     results = {"data": str(data), "crop": crop, "seed": seed, "cells": int(readable.sum()), "images": len(cells.files),
                "groups": len(set(cells.group)), "classes": cells.classes, "sources": cells.sources, "skipped": skipped,
-               "rows": rows, "pairs": pairs}  # fmt: skip
-    log(as_text(results))
+               "rows": rows, "pairs": pairs}
+    log(as_table(results, "\033[1m" if sys.stdout.isatty() else "", "\033[0m" if sys.stdout.isatty() else ""))
     if out:
         write_results(results, out)
     if figures:
@@ -674,53 +614,40 @@ def evaluate(data, weights, protocols=PROTOCOLS, crop=80, out=None, device="auto
 # ----------------------------------------------------------------------------------------------------------------------
 # What a person sees.
 
-
-def sections(results: dict):
-    """Yields [header, line, line, ...] and the number of the best line of each protocol and split; scores in %."""
-    def text(value, ends):
-        return f"{100 * value:.1f} [{100 * ends[0]:.1f}, {100 * ends[1]:.1f}]"
-
+def as_table(results: dict, bold: str, plain: str) -> str:
+    """Markdown, a table for each protocol and split, its best line between `bold` and `plain`."""
+    def text(value, ends): return f"{100 * value:.1f} [{100 * ends[0]:.1f}, {100 * ends[1]:.1f}]"
+    page = f"\nIn %, with 95% intervals by groups; few-shot: mean ± standard deviation over {DRAWS} draws.\n"
     pairs = {tuple(p[k] for k in ("protocol", "split", "metric", "weights", "minus")): p for p in results["pairs"]}
     for title in dict.fromkeys((row["protocol"], row["split"]) for row in results["rows"]):
         rows = [row for row in results["rows"] if (row["protocol"], row["split"]) == title]
         lead = "weighted_f1" if "weighted_f1" in rows[0] else "auroc"  # ranks, and shows how sure it is
         best, shown = max(rows, key=lambda row: row[lead]), [k for k in SCORES if k in rows[0]]
-        table = [[", ".join(title), *(SCORES[k] for k in shown), "minus the best"]]
+        table = [[", ".join(title), *(SCORES[k] for k in shown), "minus the best"], ["---"] * (2 + len(shown))]
         for row in rows:
             line = {k: f"{100 * row[k]:.1f}" for k in shown}
             gap = pairs.get((*title, lead, row["weights"], best["weights"]))
             spread = f"{line[lead]} ± {100 * row['deviation'][lead]:.1f}" if "deviation" in row else ""
             line[lead] = spread or text(row[lead], row["interval"][lead])
             table.append([row["weights"], *line.values(), text(gap["difference"], gap["interval"]) if gap else ""])
-        yield table, 1 + rows.index(best)
-
-
-def as_text(results: dict) -> str:
-    bold, plain = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
-    lines = ["", f"In %, with 95% intervals by groups; few-shot: mean ± standard deviation over {DRAWS} draws."]
-    for table, best in sections(results):
-        widths = [max(52, *(len(line[0]) + 2 for line in table)), *(20 if "[" in c else 12 for c in table[1][1:])]
-        table = ["".join(f"{cell:{width}}" for cell, width in zip(line, widths)).rstrip() for line in table]
-        lines += ["", *(bold + line + plain if i == best else line for i, line in enumerate(table))]
-    return "\n".join(lines)
+        widths = [max(map(len, column)) for column in zip(*table)]
+        table = [[cell.ljust(width) for cell, width in zip(line, widths)] for line in table]
+        line = table[2 + rows.index(best)]
+        line[:-1] = [(bold + cell.rstrip() + plain).ljust(len(bold + cell + plain)) for cell in line[:-1]]
+        page += "\n" + "".join(f"| {' | '.join(line)} |\n" for line in table)
+    return page
 
 
 def write_results(results: dict, out):
     """results.json: everything; results.csv: a line a row; results.md: the table; skipped.txt: what can't be read."""
-    tables = ""
-    for table, best in sections(results):
-        table[best] = [cell and f"**{cell}**" for cell in table[best]]
-        table.insert(1, ["---"] * len(table[0]))
-        tables += "".join(f"| {' | '.join(line)} |\n" for line in table) + "\n"
-    Path(out, "results.md").write_text(tables)
+    Path(out, "results.md").write_text(as_table(results, "**", "**"))
     Path(out, "results.json").write_text(json.dumps(results, indent=1))
     Path(out, "skipped.txt").write_text("".join(f"{BadImage(*bad)}\n" for bad in results["skipped"].items()))
-    ends = {f"{k}_{end}": (k, i) for k in SCORES for i, end in enumerate(("low", "high"))}
     with open(os.path.join(out, "results.csv"), "w", newline="") as file:
-        table = csv.DictWriter(file, ["protocol", "split", "weights", *SCORES, *ends], extrasaction="ignore")
-        table.writeheader()
-        table.writerows(row | {name: row["interval"][k][i] for name, (k, i) in ends.items() if k in row["interval"]}
-                        for row in results["rows"])  # fmt: skip
+        table, keys = csv.writer(file), ("protocol", "split", "weights", *SCORES)
+        table.writerow([*keys, *(f"{k}_{end}" for k in SCORES for end in ("low", "high"))])
+        for row in results["rows"]:
+            table.writerow([row.get(k) for k in keys] + [v for k in SCORES for v in row["interval"].get(k, ("", ""))])
 
 
 def principal(x: np.ndarray, n: int) -> np.ndarray:
@@ -735,20 +662,21 @@ def draw_figures(folder, results: dict, features: dict, backbones: dict, cells: 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    def save(name):
+    def save(name, **settings):
+        plt.gca().set(**settings)
         plt.savefig(os.path.join(folder, re.sub(r"\W+", "_", name) + ".png"), dpi=150, bbox_inches="tight")
         plt.close()
 
-    for i, label in enumerate(backbones):
+    styles = [{"marker": m, "color": f"C{i}"} for i, m in enumerate("osD^vX*Pph")]
+    for style, label in zip(itertools.cycle(styles), backbones):
         rows = [row for row in results["rows"] if row["weights"] == label and "shots" in row]
-        n, (mean, deviation) = [r["shots"] for r in rows], np.reshape(
-            [(100 * r["weighted_f1"], 100 * r["deviation"]["weighted_f1"]) for r in rows], (-1, 2)).T  # fmt: skip
-        plt.semilogx(n, mean, marker="osD^vX*"[i % 7], label=label)
+        n, mean, deviation = np.array([(row["shots"], 100 * row["weighted_f1"], 100 * row["deviation"]["weighted_f1"])
+                                       for row in rows]).reshape(-1, 3).T
+        plt.semilogx(n, mean, label=label, **style)
         plt.fill_between(n, mean - deviation, mean + deviation, alpha=0.15)
-    plt.gca().set(xticks=SHOTS, xticklabels=SHOTS, xlabel="labelled cells a class", ylabel="weighted F1, %",
-                  title=f"Few-shot linear probe: mean ± standard deviation of {DRAWS} draws")  # fmt: skip
     plt.legend()
-    save("few-shot")
+    save("few-shot", xticks=SHOTS, xticklabels=SHOTS, xlabel="labelled cells a class", ylabel="weighted F1, %",
+         title=f"Few-shot linear probe: mean ± standard deviation of {DRAWS} draws")
     for label, backbone in backbones.items():
         for row in [row for row in results["rows"] if row["weights"] == label and "confusion" in row][-1:]:
             counts, ticks = np.array(row["confusion"]), range(len(cells.classes))
@@ -759,48 +687,45 @@ def draw_figures(folder, results: dict, features: dict, backbones: dict, cells: 
                 plt.text(j, i, n, ha="center", va="center", size=6, color="white" if share[i, j] > 0.5 else "black")
             plt.xticks(ticks, cells.classes, rotation=90)
             plt.yticks(ticks, cells.classes)
-            plt.gca().set(xlabel="predicted", ylabel="true", title=f"{label}: {row['protocol']}, {row['split']}")
-            save(f"confusion {label}")
-        x = features[label].numpy()
-        known = np.flatnonzero(~np.isnan(x).any(1))
-        some = np.random.default_rng(seed).permutation(known)[:3000]
-        xy = principal(x[some], 2)
-        axes = plt.subplots(1, 1 + bool(cells.sources), figsize=(14 if cells.sources else 7, 6), squeeze=False)[1][0]
-        for axis, what in zip(axes, ("class", "source")):
-            index, names = (cells.label, cells.classes) if what == "class" else (cells.source, cells.sources)
-            for i, name in enumerate(names):
-                axis.scatter(*xy[index[some] == i].T, s=9, marker="osD^vX*"[i % 7], color=f"C{i % 10}", label=name)
+            save(f"confusion {label}", xlabel="predicted", ylabel="true",
+                 title=f"{label}: {row['protocol']}, {row['split']}")
+        some = np.random.default_rng(seed).permutation(np.flatnonzero(~features[label][:, 0].isnan()))[:3000]
+        xy = principal(features[label].numpy()[some], 2)
+        maps = [("class", cells.label, cells.classes), ("source", cells.source, cells.sources)]
+        maps = maps if cells.sources else maps[:1]
+        axes = plt.subplots(1, len(maps), figsize=(7 * len(maps), 6), squeeze=False)[1][0]
+        for axis, (what, index, names) in zip(axes, maps):
+            for style, (i, name) in zip(itertools.cycle(styles), enumerate(names)):
+                axis.scatter(*xy[index[some] == i].T, s=9, label=name, **style)
             axis.set(title=f"{label}: PCA of {len(some)} cells, by {what}", xticks=[], yticks=[])
             axis.legend(fontsize=7, markerscale=2)
         save(f"map {label}")
         if hasattr(backbone, "blocks"):
-            draw_smear(backbone, read_image(cells.files[cells.file[known[0]]]), plt)
+            panels = smear_panels(backbone, read_image(cells.files[cells.file[some.min()]]))
+            height = math.ceil(len(panels) / 3)
+            plt.figure(figsize=(15, 4 * height))
+            for i, (title, panel) in enumerate(panels.items(), 1):
+                plt.subplot(height, 3, i, title=title, xticks=[], yticks=[]).imshow(panel)
             plt.suptitle(label)
             save(f"smear {label}")
 
 
 @torch.inference_mode()
-def draw_smear(backbone: nn.Module, image: np.ndarray, plt):
+def smear_panels(backbone: nn.Module, image: np.ndarray) -> dict[str, np.ndarray]:
     """A smear [H, W, 3], three principal components of its patch tokens as red, green and blue, and the
-    attention of the class token in the last block, head by head."""
+    attention of the class token in the last block, head by head: pictures by title."""
     patch, attention, seen = backbone.patch_size, backbone.blocks[-1].attn, []
     scale = max(1, backbone.size / min(image.shape[:2]))  # as it is, if it is large enough: so it was in training
     rows, columns = (int(n * scale) // patch for n in image.shape[:2])
     x = network_input(torch.from_numpy(image).permute(2, 0, 1)[None], (rows * patch, columns * patch), backbone.device)
-    hook = attention.qkv.register_forward_hook(lambda module, given, out: seen.append(out[0]))
-    tokens = principal(backbone.forward_features(x)[1][0].cpu().numpy(), 3)
-    hook.remove()
+    with attention.qkv.register_forward_hook(lambda module, given, out: seen.append(out[0])):
+        tokens = principal(backbone.forward_features(x)[1][0].cpu().numpy(), 3)
     q, k, _ = seen[0].unflatten(1, (3, attention.heads, -1)).permute(1, 2, 0, 3)  # [heads, N, D / heads]
-    look = (q[:, :1] @ k.transpose(1, 2) / q.shape[-1] ** 0.5).softmax(-1)[:, 0, -rows * columns :].cpu()
+    look = (q[:, :1] @ k.transpose(1, 2) / q.shape[-1] ** 0.5).softmax(-1)[:, 0, -rows * columns:].cpu().numpy()
     low, high = np.percentile(tokens, [1, 99], axis=0)
-    panels = {"smear": image, "patch tokens, PCA": ((tokens - low) / (high - low)).clip(0, 1).reshape(rows, columns, 3)}
-    panels |= {f"class token's attention, head {i}": h.reshape(rows, columns).numpy() for i, h in enumerate(look)}
-    height = math.ceil(len(panels) / 3)
-    for axis in plt.subplots(height, 3, figsize=(15, 4 * height))[1].flat:
-        axis.axis("off")
-    for axis, (title, panel) in zip(plt.gcf().axes, panels.items()):
-        axis.imshow(panel)
-        axis.set_title(title)
+    colours = ((tokens - low) / (high - low)).clip(0, 1).reshape(rows, columns, 3)
+    return {"smear": image, "patch tokens, PCA": colours} | {
+        f"class token's attention, head {i}": head.reshape(rows, columns) for i, head in enumerate(look)}
 
 
 def main(argv: list[str] | None = None):
@@ -818,16 +743,11 @@ def main(argv: list[str] | None = None):
     add("--figures", metavar="DIR", help="draw figures into DIR; needs matplotlib")
     add("--seed", type=int, default=0, help="of folds, draws and `random`; default 0")
     add("--device", default="auto", help="cuda, mps, cpu; default: the first that is there")
-
-    def fail(message):
-        print(f"eval.py: error: {message}", file=sys.stderr)
-        sys.exit(2)
-
-    parser.error = fail  # one line, without the usage
+    parser.error = lambda message: parser.exit(2, f"eval.py: error: {message}\n")  # one line, without the usage
     try:
         evaluate(**vars(parser.parse_args(argv)), log=lambda text: print(text, flush=True))
-    except UserError as error:
-        fail(error)
+    except (UserError, OSError) as error:
+        parser.error(error)
 
 
 if __name__ == "__main__":
