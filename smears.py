@@ -292,7 +292,7 @@ def draw(out, images=200, seed=0):
 
     image is relative to out; x, y are the cell's centre in pixels. Image k depends on seed and k alone. Returns the
     path of cells.csv, which is written last. Raises UserError on bad numbers, and if out holds anything else than a
-    drawing of the same images and seed (that is drawn again, so that a broken run can be repeated).
+    drawing of the same images and seed (returned as it is; drawn again if it was broken off).
     """
     if images < 1 or seed < 0:
         raise UserError(f"images must be at least 1 and seed at least 0, not {images} and {seed}")
@@ -301,6 +301,7 @@ def draw(out, images=200, seed=0):
     same = marker.is_file() and marker.read_text() == recipe
     if out.exists() and not same and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} holds something else than {recipe}: name a new folder")
+    if same and table.is_file(): return table
     (out / "smears").mkdir(parents=True, exist_ok=True)
     marker.write_text(recipe)
     rows = [("image", "x", "y", "label", "group", "source")]
@@ -309,8 +310,8 @@ def draw(out, images=200, seed=0):
         name = f"smears/{k:04d}.jpg"
         Image.fromarray(pixels).save(out / name, quality=source.quality)
         rows += [(name, x, y, label, f"patient{patient:03d}", source.name) for x, y, label in cells]
-    with open(table, "w", newline="") as file: csv.writer(file).writerows(rows)
-    return table
+    with open(out / "cells.part", "w", newline="") as file: csv.writer(file).writerows(rows)
+    return (out / "cells.part").replace(table)  # only ever whole
 
 
 def main():

@@ -47,6 +47,18 @@ def test_same_seed_gives_the_same_files_whatever_the_count(drawn, tmp_path):
     assert few == rows[:len(few)] and rows[len(few)]["image"] == "smears/0003.jpg"
 
 
+def test_a_finished_drawing_is_not_drawn_again(drawn, monkeypatch):
+    out, _ = drawn
+    before = (out / "cells.csv").read_bytes()
+    monkeypatch.setattr(smears, "smear", None)  # drawing would fail
+    assert smears.draw(out, images=IMAGES, seed=0) == out / "cells.csv" and (out / "cells.csv").read_bytes() == before
+    assert {path.name for path in out.iterdir()} == {"smears", "cells.csv", "drawn.txt"}
+    (out / "cells.csv").rename(out / "aside")  # broken off before the table
+    with pytest.raises(TypeError):
+        smears.draw(out, images=IMAGES, seed=0)
+    (out / "aside").rename(out / "cells.csv")
+
+
 def test_an_image_depends_on_seed_and_number_alone():
     pixels, cells, *_ = smears.smear(0, 7)
     smears.smear(0, 8)  # draws in between leave no trace: there is no shared stream
