@@ -21,14 +21,20 @@ G = 2 global views each, L local views each, N patch tokens a view, D dimensions
 """
 
 import argparse
+import collections
+import contextlib
 import dataclasses
+import datetime
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
 import sys
+import tempfile
 import time
+import timeit
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,16 +56,14 @@ from augment import MEAN, STD, BadImage, MultiCrop, Patches, UserError, sample_r
 
 def opt(default, text, choices=None, low=0, high=math.inf):
     """A field of Config: default, one line of help, and what may be given."""
-    metadata = dict(help=text, choices=choices, low=low, high=high)
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=list, metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+    kind = dict(default_factory=list) if isinstance(default, list) else dict(default=default)
+    return dataclasses.field(**kind, metadata=dict(help=text, choices=choices, low=low, high=high))
 
 
 @dataclass
 class Config:
     # where
-    data: list[str] = opt([], "folders of images, searched recursively; several folders are several sources")
+    data: list[str] = opt([], "folders of images, searched recursively; each is a source of its own")  # noqa: RUF009
     out: str = opt("out", "folder for checkpoints, metrics.jsonl and backbone.pth")
     # what is trained
     arch: str = opt("vits14", "size of the backbone", ["nano", "vits14", "vitb14", "vitl14", "vitg14"])
@@ -69,7 +73,7 @@ class Config:
     layerscale: float = opt(1e-5, "initial LayerScale (DINOv2)")
     prototypes: int = opt(131072, "K, outputs of a head (RedDino, DINOv2's long setup; its short one: 65536)", low=1)
     head_hidden: int = opt(2048, "width of a head's MLP (DINOv2)", low=1)
-    head_bottleneck: int = opt(256, "dimensions in which prototypes are compared (RedDino, DINOv2's short setup)", low=1)
+    head_bottleneck: int = opt(256, "dimensions of the prototypes' space (RedDino, DINOv2's short setup)", low=1)
     separate_heads: bool = opt(False, "one head for class tokens, another for patches (DINOv2's long setup)")
     # what it sees
     patch_size: int = opt(224, "images are cut into patches of this many pixels; 0: whole images (RedDino)")
@@ -77,7 +81,7 @@ class Config:
     local_size: int = opt(98, "pixels of the local views (DINOv2 with patch 14)", low=1)
     local_crops: int = opt(1, "local views of an image (RedDino: 1; DINOv2: 8)")
     global_scale: float = opt(0.32, "least share of the area that a global view shows (DINOv2)", high=1)
-    local_scale: float = opt(0.05, "least share of the area that a local view shows (DINOv2); the most is global_scale", high=1)
+    local_scale: float = opt(0.05, "the same for a local view (DINOv2); the most it shows is global_scale", high=1)
     augment: str = opt("reddino", "pixel transforms: RedDino's 32, or DINOv2's", ["reddino", "dinov2"])
     balance: bool = opt(False, "draw from the folders evenly, whatever their sizes")
     # the objective
@@ -95,17 +99,17 @@ class Config:
     batch_size: int = opt(560, "images a step, over all processes (RedDino S: 2 GPUs x 280)", low=1)
     lr: float = opt(2e-4, "peak learning rate at batch 1024, scaled by sqrt(batch / 1024) (RedDino; DINOv2's long)")
     min_lr: float = opt(1e-6, "learning rate at the end, not scaled (DINOv2)")
-    warmup: float = opt(0.01, "share of the run in which lr rises (RedDino: 0.1 of 10 epochs; DINOv2: 0.1, 0.16)", high=1)
+    warmup: float = opt(0.01, "share in which lr rises (RedDino: 0.1 of 10 epochs; DINOv2: 0.1, 0.16)", high=1)
     weight_decay: float = opt(0.04, "at first (DINOv2)")
     weight_decay_end: float = opt(0.2, "at the end (RedDino, DINOv2's long setup; its short one: 0.4)")
     momentum: float = opt(0.994, "of the teacher's EMA at first; 1 at the end (RedDino, DINOv2's long setup)", high=1)
     clip: float = opt(3.0, "gradient norm of a module is clipped to this (DINOv2)", low=1e-6)
     layer_decay: float = opt(1.0, "each layer learns this much slower than the next (RedDino: 1; DINOv2's short: 0.9)")
     patch_embed_lr: float = opt(0.2, "learning rate of the patch embedding, relative (DINOv2)")
-    freeze_last_layer: float = opt(0.0, "share of the run in which prototypes stay (RedDino: 0; DINOv2: 1 epoch)", high=1)
+    freeze_last_layer: float = opt(0.0, "share in which prototypes stay put (RedDino: 0; DINOv2: 1 epoch)", high=1)
     # the machine
     seed: int = opt(0, "of everything random")
-    workers: int = opt(-1, "processes that load data, for each training process; -1: as many as its cores, at most 16", low=-1)
+    workers: int = opt(-1, "loading processes for each training process; -1: as its cores, at most 16", low=-1)
     device: str = opt("auto", "auto, cpu, cuda, mps", ["auto", "cpu", "cuda", "mps"])
     dtype: str = opt("auto", "of matrix products; auto: bfloat16 where the GPU has it, else float16; float32 on a CPU",
                      ["auto", "float32", "bfloat16", "float16", "float64"])  # fmt: skip
@@ -139,9 +143,9 @@ def configure(**given) -> Config:
         if isinstance(value, int | float) and not allowed["low"] <= value <= allowed["high"]:
             raise UserError(f"{flag} {value}: must lie between {allowed['low']} and {allowed['high']}")
     patch = ARCHS[cfg.arch]["patch_size"]
-    for flag, size in [("--global-size", cfg.global_size), ("--local-size", cfg.local_size)][: 1 + (cfg.local_crops > 0)]:
+    for kind, size in {"global": cfg.global_size, "local": cfg.local_size if cfg.local_crops else 0}.items():
         if size % patch:
-            raise UserError(f"{flag} {size}: {cfg.arch} needs a multiple of its {patch}-pixel patches")
+            raise UserError(f"--{kind}-size {size}: {cfg.arch} needs a multiple of its {patch}-pixel patches")
     if cfg.local_crops and cfg.local_scale >= cfg.global_scale:
         raise UserError("--local-scale must be below --global-scale: local views show less than global ones")
     if cfg.overwrite and cfg.resume != "never":
@@ -158,13 +162,12 @@ def parse_args(argv: list[str]) -> Config:
 
     parser.error = error
     for field in dataclasses.fields(Config):
-        default = "" if field.default is dataclasses.MISSING else field.default
-        presets = "".join(f"; {arch} {p[field.name]}" for arch, p in PRESETS.items() if field.name in p)
-        kind = dict(choices=field.metadata["choices"], type=type(default))
-        if field.default is dataclasses.MISSING:
-            kind = dict(nargs="+")
+        default, kind = field.default, dict(choices=field.metadata["choices"], type=type(field.default))
+        if default is dataclasses.MISSING:  # --data
+            default, kind = "", dict(nargs="+")
         elif isinstance(default, bool) or default is None:
             kind = dict(action=argparse.BooleanOptionalAction)
+        presets = "".join(f"; {arch} {p[field.name]}" for arch, p in PRESETS.items() if field.name in p)
         text = f"{field.metadata['help']} [{default}{presets}]".replace("%", "%%")
         parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **kind)
     given = vars(parser.parse_args(argv))
@@ -213,8 +216,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, N, D = x.shape
-        q, k, v = self.qkv(x).reshape(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # [B, heads, N, D/heads]
-        x = F.scaled_dot_product_attention(q, k, v)
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(q, k, v)  # [B, heads, N, D/heads]
         return self.proj(x.transpose(1, 2).reshape(B, N, D))
 
 
@@ -285,9 +288,9 @@ class VisionTransformer(nn.Module):
     def __init__(self, img_size=224, patch_size=14, embed_dim=384, depth=12, heads=6, swiglu=False, registers=0,
                  layerscale=1e-5, drop_path=0.0):  # fmt: skip
         super().__init__()
-        self.img_size, self.patch_size, self.embed_dim = img_size, patch_size, embed_dim
+        self.img_size, self.patch_size, self.embed_dim, self.registers = img_size, patch_size, embed_dim, registers
         self.checkpoint_activations = False
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, embed_dim, patch_size, stride=patch_size)})  # that projection
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, embed_dim, patch_size, stride=patch_size)})
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (img_size // patch_size) ** 2, embed_dim))
         self.register_tokens = nn.Parameter(torch.zeros(1, registers, embed_dim)) if registers else None
@@ -306,14 +309,13 @@ class VisionTransformer(nn.Module):
         but keep their position: the student has to say what belongs *there*. masks: bool [B, N]."""
         height, width = x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size
         if (height * self.patch_size, width * self.patch_size) != tuple(x.shape[-2:]):
-            raise UserError(f"an image of {x.shape[-1]}x{x.shape[-2]} pixels has no whole {self.patch_size}-pixel patches")
+            raise UserError(f"{x.shape[-1]}x{x.shape[-2]} pixels are no whole {self.patch_size}-pixel patches")
         x = self.patch_embed["proj"](x).flatten(2).transpose(1, 2)  # [B, N, D]
         if masks is not None:
             x = torch.where(masks.unsqueeze(-1), self.mask_token.to(x.dtype), x)
-        registers = 0 if self.register_tokens is None else self.register_tokens.shape[1]
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
-        x = x + resize_pos_embed(self.pos_embed, height, width, registers)
-        if registers:  # registers have no position
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # [B, 1 + N, D]
+        x = x + resize_pos_embed(self.pos_embed, height, width, self.registers)
+        if self.registers:  # they have no position
             x = torch.cat([x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]], dim=1)
         return x
 
@@ -323,8 +325,7 @@ class VisionTransformer(nn.Module):
         for block in self.blocks:
             x = recompute(block, x, use_reentrant=False) if self.checkpoint_activations else block(x)
         x = self.norm(x)
-        registers = 0 if self.register_tokens is None else self.register_tokens.shape[1]
-        return x[:, 0], x[:, 1 + registers :]
+        return x[:, 0], x[:, 1 + self.registers :]
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, 3, H, W], normalised with MEAN and STD, to their class tokens [B, D]: the features to use."""
@@ -378,9 +379,8 @@ class DINOHead(nn.Module):
 
     def __init__(self, dim: int, prototypes: int, hidden: int = 2048, bottleneck: int = 256):
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck)
-        )
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(),
+                                 nn.Linear(hidden, bottleneck))  # fmt: skip
         self.apply(init_linear)
         self.last_layer = Prototypes(bottleneck, prototypes)
 
@@ -536,7 +536,7 @@ class DINO(nn.Module):
     def __init__(self, cfg: Config):
         super().__init__()
         self.cfg = cfg
-        self.student, self.teacher = self.network(cfg, cfg.drop_path), self.network(cfg, 0.0)
+        self.student, self.teacher = self.network(cfg, drop_path=cfg.drop_path), self.network(cfg, drop_path=0.0)
         self.student["backbone"].checkpoint_activations = cfg.checkpoint_activations
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
@@ -544,57 +544,50 @@ class DINO(nn.Module):
         if cfg.centering == "moving-average":  # class and patch tokens have different means
             self.centers.update({name: MovingAverage(cfg.prototypes) for name in ("cls", "patch")})
         self.signs = {}  # what the loop watches for collapse
-        self.train()
 
     @staticmethod
-    def network(cfg: Config, drop_path: float) -> nn.ModuleDict:
-        vit = build_vit(cfg.arch, cfg.global_size, registers=cfg.registers, layerscale=cfg.layerscale, drop_path=drop_path)
-        parts = {"backbone": vit}
-        for name in ["dino_head"] + ["ibot_head"] * cfg.separate_heads:
-            parts[name] = DINOHead(vit.embed_dim, cfg.prototypes, cfg.head_hidden, cfg.head_bottleneck)
-        return nn.ModuleDict(parts)
-
-    def train(self, mode: bool = True):
-        super().train(mode)
-        self.teacher.eval()  # the teacher never drops anything
-        return self
+    def network(cfg: Config, **options) -> nn.ModuleDict:
+        vit = build_vit(cfg.arch, cfg.global_size, registers=cfg.registers, layerscale=cfg.layerscale, **options)
+        heads = ["dino_head"] + ["ibot_head"] * cfg.separate_heads
+        sizes = vit.embed_dim, cfg.prototypes, cfg.head_hidden, cfg.head_bottleneck
+        return nn.ModuleDict({"backbone": vit} | {name: DINOHead(*sizes) for name in heads})
 
     def targets(self, logits: Tensor, temp: float, kind: str) -> Tensor:
         """Teacher logits [R, K] of one kind of token ("cls" or "patch") to targets [R, K]."""
         return self.centers[kind](logits, temp) if self.centers else sinkhorn_knopp(logits, temp)
 
-    def forward(self, global_views: Tensor, local_views: Tensor, masks: Tensor, teacher_temp: float) -> dict[str, Tensor]:
-        """The losses by name, weighted: their sum is what is minimised.
+    def forward(self, global_views: Tensor, local_views: Tensor, masks: Tensor, teacher_temp: float):
+        """The losses by name, dict[str, Tensor []], weighted: their sum is what is minimised.
 
         global_views [G*B, 3, H, W] and local_views [L*B, 3, h, w], normalised, view after view; masks bool [G*B, N].
         """
-        cfg, student, teacher = self.cfg, self.student, self.teacher
+        cfg, student, teacher, device = self.cfg, self.student, self.teacher, global_views.device
         head = "ibot_head" if cfg.separate_heads else "dino_head"  # RedDino: one head for both, as in DINOv2's default
-        views, L = len(global_views), cfg.local_crops
-        masked = masks.flatten().nonzero().squeeze(1)  # [M], of G*B*N
-        weights = (1 / masks.sum(1).clamp_min(1)).unsqueeze(1).expand_as(masks)[masks].to(global_views.device)  # [M]
-        masked, masks = masked.to(global_views.device), masks.to(global_views.device)
+        masked = masks.flatten().nonzero().squeeze(1).to(device)  # [M], of G*B*N
+        weights = (1 / masks.sum(1).clamp_min(1).double()).unsqueeze(1).expand_as(masks)[masks].to(global_views)  # [M]
+        masks = masks.to(device)
 
         with torch.no_grad():
             cls, patches = teacher["backbone"].forward_features(global_views)  # [2B, D], [2B, N, D]
             logits = teacher["dino_head"](cls)  # [2B, K]
             first, second = self.targets(logits, teacher_temp, "cls").chunk(2)  # [B, K] of each view
             patch_targets = self.targets(teacher[head](patches.flatten(0, 1)[masked]), teacher_temp, "patch")  # [M, K]
-            self.signs = {"cls": cls, "nearest": logits.argmax(-1), "entropy": softmax_entropy(logits, teacher_temp)}
+            entropy = cross_entropy(logits, F.softmax(widen(logits) / teacher_temp, dim=-1), teacher_temp).mean()
+            self.signs = {"cls": cls, "nearest": logits.argmax(-1), "entropy": entropy}
 
         # Class tokens: every student view against both teacher views, but a global one not against itself. RedDino:
         # 1 local view for DINOv2's 8. The sum over terms is divided by their number, so L does not change its scale.
         student_cls, student_patches = student["backbone"].forward_features(global_views, masks)
         on_first, on_second = student["dino_head"](student_cls).chunk(2)
         dino = dino_loss(on_first, second, cfg.student_temp) + dino_loss(on_second, first, cfg.student_temp)
-        if L:
+        if cfg.local_crops:
             both = first + second  # cross-entropy is linear in the targets: one pass over [B, K] instead of two
-            for logits in student["dino_head"](student["backbone"](local_views)).chunk(L):
+            for logits in student["dino_head"](student["backbone"](local_views)).chunk(cfg.local_crops):
                 dino = dino + dino_loss(logits, both, cfg.student_temp)
-        losses = {"dino": dino / (2 + 2 * L)}
+        losses = {"dino": dino / (2 + 2 * cfg.local_crops)}
 
-        student_logits = student[head](student_patches.flatten(0, 1)[masked])  # [M, K]
-        losses["ibot"] = cfg.ibot * ibot_loss(student_logits, patch_targets, weights, views, cfg.student_temp)
+        logits = student[head](student_patches.flatten(0, 1)[masked])  # [M, K]
+        losses["ibot"] = cfg.ibot * ibot_loss(logits, patch_targets, weights, len(masks), cfg.student_temp)
         if cfg.koleo:  # RedDino: left out, as it pushes apart the many cells that are rightly alike
             losses["koleo"] = cfg.koleo * sum(koleo_loss(view) for view in student_cls.chunk(2))
         return losses
@@ -605,12 +598,6 @@ class DINO(nn.Module):
         torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()), 1 - momentum)
         for center in self.centers.values():
             center.update()
-
-
-def softmax_entropy(logits: Tensor, temp: float) -> Tensor:
-    """Mean entropy in nats of softmax(logits / temp), [R, K] to []: ln K when the teacher has no opinion."""
-    log_p = F.log_softmax(widen(logits) / temp, dim=-1)
-    return -(log_p.exp() * log_p).sum(-1).mean()
 
 
 def effective_rank(features: Tensor) -> float:
@@ -633,9 +620,8 @@ def cosine(start: float, end: float, x: float) -> float:
 
 def schedules(cfg: Config, done: float) -> dict[str, float]:
     """lr, last_layer_lr, weight_decay, momentum and teacher_temp after `done` (0 to 1) of the run."""
-    peak = cfg.lr * math.sqrt(cfg.batch_size / 1024)
-    rising = done < cfg.warmup
-    lr = peak * done / cfg.warmup if rising else cosine(peak, cfg.min_lr, (done - cfg.warmup) / max(1 - cfg.warmup, 1e-9))
+    peak, warmup = cfg.lr * math.sqrt(cfg.batch_size / 1024), cfg.warmup
+    lr = peak * done / warmup if done < warmup else cosine(peak, cfg.min_lr, (done - warmup) / max(1 - warmup, 1e-9))
     warm = min(done / cfg.teacher_temp_warmup, 1) if cfg.teacher_temp_warmup else 1
     return {
         "lr": lr,
@@ -674,7 +660,7 @@ def apply_schedules(optimizer: torch.optim.AdamW, now: dict[str, float]):
 # Weights in: a backbone's state dict under DINOv2's names, from whatever layout it was published in. Everything is read
 # with weights_only=True: a .pth is a pickle, and a hostile one would otherwise run its code here.
 
-HUB = "https://dl.fbaipublicfiles.com/dinov2/dinov2_{0}/dinov2_{0}{1}_pretrain.pth"  # 0: vits14 ..., 1: _reg4 or nothing
+HUB = "https://dl.fbaipublicfiles.com/dinov2/dinov2_{0}/dinov2_{0}{1}_pretrain.pth"  # 0: vits14 ...; 1: _reg4 or none
 
 
 def load_file(path: str | Path) -> dict:
@@ -708,17 +694,18 @@ def read_backbone(path_or_name: str) -> dict[str, Tensor]:
         try:
             state = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
         except OSError as error:
-            raise UserError(f"{path_or_name}: can't download {url} ({error}); fetch it elsewhere, pass its path") from None
+            raise UserError(f"{name[0]}: can't download {url} ({error}); fetch it elsewhere, pass its path") from None
     else:
         state = load_file(path_or_name)
     for wrapper in ("teacher", "model", "state_dict"):
         if isinstance(state.get(wrapper), dict):
             state = state[wrapper]
-    state = {re.sub(r"^(module\.)?(_orig_mod\.)?", "", k): v for k, v in state.items() if isinstance(v, Tensor)}
+    state = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    state = {re.sub(r"^(module\.)?(_orig_mod\.)?", "", k): v for k, v in state.items()}
     if any(k.startswith("backbone.") for k in state):
         state = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
     state = {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", k): v for k, v in state.items()}  # DINOv2's block chunks
-    if not {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "norm.weight"} <= set(state):
+    if not {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= set(state):
         raise UserError(f"{path_or_name}: holds no vision transformer in DINOv2's or timm's layout")
     return from_timm(state)
 
@@ -761,7 +748,7 @@ def load_backbone(vit: VisionTransformer, state: dict[str, Tensor], source: str 
     wrong = [k for k, v in state.items() if k in own and own[k].shape != v.shape]
     missing = [k for k in own if k not in state and k not in ("mask_token", "register_tokens")]
     if wrong or missing:
-        raise UserError(f"{source} is of another architecture: {(wrong + missing)[0]} does not fit; choose another --arch")
+        raise UserError(f"{source}: another architecture ({(wrong + missing)[0]} does not fit); choose another --arch")
     vit.load_state_dict(state, strict=False)
     new, unused = [k for k in own if k not in state], [k for k in state if k not in own]
     return (f"{source}: {len(own) - len(new)} tensors loaded" + (f"; new: {', '.join(new)}" if new else "")
@@ -791,41 +778,54 @@ def write_aside(path: Path, state: dict, keep: Path | None = None):
     os.replace(aside, path)
 
 
-def find_checkpoint(cfg: Config) -> tuple[dict | None, str]:
-    """The checkpoint to go on from and a line that says so; None for a new run. See Config.resume. Raises UserError."""
-    out = Path(cfg.out)
-    known = [p for p in (out / "checkpoint.pth", out / "previous.pth") if p.exists()]
+def find_checkpoint(cfg: Config, there: list[Path]) -> tuple[dict | None, str]:
+    """The checkpoint to go on from, there: what OUT holds, and a line that says so; None for a new run."""
     if cfg.resume == "never":
-        if (known or (out / "metrics.jsonl").exists()) and not cfg.overwrite:
-            raise UserError(f"{out} holds a run: --resume auto goes on with it, --overwrite replaces it")
-        for path in [*known, out / "metrics.jsonl", out / "skipped.txt"]:
-            path.unlink(missing_ok=True)
+        if there and not cfg.overwrite:
+            raise UserError(f"{cfg.out} holds a run: --resume auto goes on with it, --overwrite replaces it")
         return None, ""
-    paths, trouble = (known if cfg.resume == "auto" else [Path(cfg.resume)]), []
-    for path in paths:
+    said = []
+    for path in [p for p in there if p.suffix == ".pth"] if cfg.resume == "auto" else [Path(cfg.resume)]:
         try:
-            state = load_file(path)
-            if not {"step", "networks", "optimizer", "config"} <= set(state):
+            saved = load_file(path)
+            if not {"step", "student", "optimizer", "config"} <= set(saved):
                 raise UserError(f"{path}: holds weights, but no run to go on with; --init starts from them")
-            return state, "; ".join([*trouble, f"going on from {path} at step {state['step']}"])
+            return saved, "; ".join([*said, f"going on from {path} at step {saved['step']}"])
         except UserError as error:
-            trouble.append(str(error))
-    if trouble:
-        raise UserError("; ".join(trouble))
+            said.append(str(error))
+    if said:
+        raise UserError("; ".join(said))
     return None, ""
 
 
-MAY_CHANGE = set("out init workers device dtype compile checkpoint_activations save_every log_every resume overwrite "
-                 "export iters minutes".split())  # options with which a run may be resumed as with others  # fmt: skip
+MAY_CHANGE = {"out", "init", "workers", "device", "dtype", "compile", "checkpoint_activations", "iters", "minutes",
+              "save_every", "log_every", "resume", "overwrite", "export"}  # it's the same run with others # fmt: skip
 
 
-def check_same_run(cfg: Config, saved: dict):
-    """UserError naming the options that make cfg another run than the checkpoint's."""
-    new = dataclasses.asdict(cfg) | {"data": [os.path.abspath(d) for d in cfg.data]}
-    changed = [k for k in new if k in saved and k not in MAY_CHANGE and saved[k] != new[k]]
-    if changed:
-        was = ", ".join(f"--{k.replace('_', '-')} was {saved[k]}" for k in changed)
-        raise UserError(f"{cfg.out} holds another run: {was}; choose another --out, or --resume never --overwrite")
+def prepare(cfg: Config, world: int) -> tuple[Patches, dict | None, str]:
+    """Before any work: the patches, and the checkpoint to go on from, if any. Raises UserError."""
+    try:
+        Path(cfg.out).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=cfg.out).close()
+    except OSError as error:
+        raise UserError(f"--out {cfg.out}: can't write there ({error.strerror})") from None
+    files = [Path(cfg.out, name) for name in ("checkpoint.pth", "previous.pth", "metrics.jsonl", "skipped.txt")]
+    saved, note = find_checkpoint(cfg, [path for path in files if path.exists()])
+    patches = Patches(cfg.data, cfg.patch_size)
+    if len(patches) < cfg.batch_size:
+        raise UserError(f"{len(patches)} patches are fewer than --batch-size {cfg.batch_size}: lower it, or add images")
+    if saved:
+        was, now = saved["config"], dataclasses.asdict(cfg)
+        changed = [f"--{k.replace('_', '-')} was {was[k]}" for k in now if k not in MAY_CHANGE and now[k] != was.get(k)]
+        if changed:
+            raise UserError(f"{cfg.out} holds another run: {', '.join(changed)}; choose another --out, or "
+                            "--resume never --overwrite")  # fmt: skip
+        for what, n in {"patches": len(patches), "processes": world}.items():
+            if saved[what] != n:
+                note += f"; {saved[what]} {what} then, {n} now: no longer bit for bit the uninterrupted run"
+    for path in files if cfg.resume == "never" else ():  # only now that nothing else is wrong
+        path.unlink(missing_ok=True)
+    return patches, saved, note
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -900,13 +900,13 @@ def worker_init(_):
     torch.set_num_threads(1)
 
 
-def make_loader(cfg: Config, patches: Patches, start: int, rank: int, world: int, device: torch.device):
+def load(cfg: Config, patches: Patches, start: int, rank: int, world: int, device: torch.device):
+    """This process's batches from step `start` on, see collate; a generator, whose end is that of its workers."""
     workers = cfg.workers if cfg.workers >= 0 else min(cores(), 16) if device.type == "cuda" else 1
-    return torch.utils.data.DataLoader(
+    yield from torch.utils.data.DataLoader(
         Views(cfg, patches), batch_sampler=Draws(cfg, patches, start, rank, world), collate_fn=collate,
         num_workers=workers, worker_init_fn=worker_init, pin_memory=device.type == "cuda",
-        prefetch_factor=4 if workers else None,
-    )  # fmt: skip
+        prefetch_factor=4 if workers else None)  # fmt: skip
 
 
 def normalise(views: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -952,148 +952,136 @@ def start_processes(device: torch.device) -> tuple[int, int]:
 
 
 def from_rank_0(make):
-    """make() on rank 0, its result on all: what one process decides, all must agree on."""
-    box = [make() if not dist.is_initialized() or dist.get_rank() == 0 else None]
-    if dist.is_initialized():
+    """make() on rank 0, its result on all. Where it raises, rank 0 says why and the others stop without a word."""
+    if not dist.is_initialized():
+        return make()
+    box = [None, SystemExit(2)]  # result, and what to raise instead
+    try:
+        box = [make(), None] if dist.get_rank() == 0 else box
+    finally:
         dist.broadcast_object_list(box)
+    if box[1]:
+        raise box[1]
     return box[0]
 
 
-def step_flops(cfg: Config, vit: VisionTransformer, head: DINOHead) -> float:
+def gather(x) -> list:
+    """x of every process."""
+    if not dist.is_initialized():
+        return [x]
+    everyones = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, x)
+    return everyones
+
+
+def step_flops(cfg: Config, model: DINO) -> float:
     """Floating-point operations of a step's matrix products, over all processes: 2 for each weight and token forward,
     4 more backward, and attention's 4 N^2 D a layer."""
-    weights, head = (sum(p.numel() for p in part.parameters() if p.dim() == 2) for part in (vit.blocks, head))
+    vit, head = model.student["backbone"], model.student["dino_head"]
+    blocks, head = (2 * sum(p.numel() for p in part.parameters() if p.dim() == 2) for part in (vit.blocks, head))
 
     def forward(size):
         n = (size // vit.patch_size) ** 2
         tokens = n + 1 + cfg.registers
-        return 2 * tokens * weights + (4 * tokens**2 * len(vit.blocks) + 6 * n * vit.patch_size**2) * vit.embed_dim
+        return tokens * blocks + (4 * tokens**2 * len(vit.blocks) + 6 * n * vit.patch_size**2) * vit.embed_dim
 
-    rows = 2 + 0.5 * 0.3 * 2 * (cfg.global_size // vit.patch_size) ** 2  # class tokens, and patches masked on average
-    by_both = 2 * forward(cfg.global_size) + 2 * head * rows  # the teacher forward, the student forward and backward
-    return cfg.batch_size * (4 * by_both + 3 * cfg.local_crops * (forward(cfg.local_size) + 2 * head))
+    masked = 0.15 * (cfg.global_size // vit.patch_size) ** 2  # patches of a view, on average
+    by_both = 2 * (forward(cfg.global_size) + head * (1 + masked))  # teacher: forward; student: forward and backward
+    return cfg.batch_size * (4 * by_both + 3 * cfg.local_crops * (forward(cfg.local_size) + head))
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second in a large matrix product here: what MFU is a share of."""
     n = 8192 if device.type == "cuda" else 1024
-    a, best = torch.randn(n, n, device=device).to(dtype), math.inf
-    for _ in range(8):
-        start = time.perf_counter()
-        (a @ a).flatten()[0].item()
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
+    a = torch.randn(n, n, device=device).to(dtype)
+    return 2 * n**3 / min(timeit.repeat(lambda: (a @ a)[0, 0].item(), number=1, repeat=8))  # item() waits for it
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The loop, and what it writes down.
 
 
-class Interrupt:
-    """While in force, SIGTERM and SIGINT ask for a stop after the step in hand; a second one, 2 s later or more, exits at
-    once (an earlier one is an echo: torchrun passes on to its processes what the terminal has already sent them)."""
+@contextlib.contextmanager
+def interrupts():
+    """A list that SIGTERM and SIGINT are put into: they ask for a stop after the step in hand. Another, 2 s after the
+    first or more, exits at once (before that it's an echo: torchrun passes on what the terminal has sent to all)."""
+    caught, first = [], []
 
-    def __enter__(self):
-        self.signal, self.when = 0, 0.0
-        self.before = {which: signal.signal(which, self.note) for which in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_):
-        for which, handler in self.before.items():
-            signal.signal(which, handler)
-
-    def note(self, which, _):
-        if self.signal and time.monotonic() - self.when > 2:
+    def note(which, _):
+        if first and time.monotonic() - first[0] > 2:
             os._exit(128 + which)
-        self.signal, self.when = self.signal or which, self.when or time.monotonic()
+        caught.append(which), first.append(time.monotonic())
+
+    before = {which: signal.signal(which, note) for which in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield caught
+    finally:
+        for which, handler in before.items():
+            signal.signal(which, handler)
 
 
 class Journal:
     """What rank 0 writes down: the log, OUT/metrics.jsonl with each step once, OUT/skipped.txt with each file once."""
 
     def __init__(self, out: Path, start: int, writes: bool):
-        self.out, self.writes, self.skipped = out, writes, {}
+        self.writes, self.skipped, self.skipped_file = writes, {}, out / "skipped.txt"
+        path, kept = out / "metrics.jsonl", []
         if writes:
-            path, kept = out / "metrics.jsonl", ""
-            if start and path.exists():  # steps after the checkpoint are done again; a killed run's last line may be cut
-                whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
-                kept = "".join(line + "\n" for line in whole if json.loads(line)["step"] < start)
-            path.with_suffix(".new").write_text(kept)
+            if start and path.exists():  # what came after the checkpoint is done again; the last line may be cut short
+                whole = [line for line in path.read_text().splitlines(True) if line.endswith("}\n")]
+                kept = [line for line in whole if json.loads(line)["step"] < start]
+            path.with_suffix(".new").write_text("".join(kept))
             os.replace(path.with_suffix(".new"), path)
-            self.metrics = open(path, "a")  # noqa: SIM115  (open as long as the run)
+        self.metrics = open(path if writes else os.devnull, "a")  # noqa: SIM115  (open as long as the run)
 
-    def say(self, line: str):
-        if self.writes:
-            print(line, flush=True)
+    def say(self, *lines: str):
+        if self.writes and any(lines):
+            print(*filter(None, lines), sep="\n", flush=True)
 
     def step(self, values: dict):
-        if self.writes:
-            self.metrics.write(json.dumps(values) + "\n")
-            self.metrics.flush()
+        plain = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has no NaN
+        print(json.dumps(plain), file=self.metrics, flush=True)
 
     def skip(self, faults: dict[str, str], patches: Patches):
         """Name each unreadable file once; UserError when they are more than half of all files."""
-        new = [path for path in faults if path not in self.skipped]
+        new = [f"skipped {path!r}: {reason}" for path, reason in faults.items() if path not in self.skipped]
         self.skipped |= faults
         if new and self.writes:
-            lines = [f"{path!r}: {reason}" for path, reason in self.skipped.items()]
-            (self.out / "skipped.txt").write_text("\n".join(lines) + "\n")
-            for line in lines[-len(new) :][:3]:
-                self.say(f"skipped {line}")
-            self.say(f"{len(lines)} unreadable files so far: {self.out / 'skipped.txt'} lists them")
+            self.skipped_file.write_text("".join(f"{path!r}: {reason}\n" for path, reason in self.skipped.items()))
+            self.say(*new[:3], f"{len(self.skipped)} unreadable files so far: {self.skipped_file} lists them")
         if len(self.skipped) > 0.5 * (len(patches.files) + len(patches.skipped)):
-            raise UserError(f"{len(self.skipped)} of the files can't be read, more than half: {self.out / 'skipped.txt'}")
+            raise UserError(f"{len(self.skipped)} files can't be read, more than half: see {self.skipped_file}")
 
 
 class Watch:
-    """Signs of collapse, the failure that DINO's users report most, for next to nothing: from the teacher's class tokens
-    of the last 2,048 images or more, how many prototypes they are nearest to, their spread and their effective rank."""
+    """Signs of collapse, the failure that DINO's users report most, for next to nothing: from the teacher's class
+    tokens of the last 2,048 views or more, how many prototypes they are nearest to, their spread, their rank."""
 
     def __init__(self):
-        self.tokens, self.nearest, self.warned = [], [], False
+        self.seen, self.warned = [], False
 
     def note(self, signs: dict[str, Tensor]):
-        self.tokens.append(signs["cls"].float())
-        self.nearest.append(signs["nearest"])
-        while sum(map(len, self.tokens[1:])) >= 2048:
-            self.tokens.pop(0), self.nearest.pop(0)
+        self.seen.append((signs["cls"].float(), signs["nearest"]))
+        while sum(len(cls) for cls, _ in self.seen[1:]) >= 2048:
+            self.seen.pop(0)
 
     def signs(self) -> dict[str, float]:
         """Nothing until there are enough tokens: the rank of few is low for no fault of the network."""
-        if sum(map(len, self.tokens)) < 2048:
+        if sum(len(cls) for cls, _ in self.seen) < 2048:
             return {}
-        tokens = torch.cat(self.tokens)
-        return {"rank": effective_rank(tokens), "std": float(F.normalize(tokens, dim=1).std(0).norm()),
-                "in_use": len(torch.cat(self.nearest).unique())}  # fmt: skip
+        tokens, nearest = map(torch.cat, zip(*self.seen))
+        spread = float(F.normalize(tokens, dim=1).std(0).norm())
+        return {"rank": effective_rank(tokens), "std": spread, "in_use": len(nearest.unique())}
 
     def warning(self, signs: dict[str, float], entropy: float, prototypes: int) -> str:
         """In words, once: the class tokens all but one and the same, or a teacher without an opinion on any image."""
-        if self.warned or not signs or (signs["rank"] > 2 and signs["std"] > 0.01 and entropy < 0.999 * math.log(prototypes)):
+        most, rank, std = math.log(prototypes), signs.get("rank", math.inf), signs.get("std", math.inf)
+        if self.warned or not signs or not (rank < 2 or std < 0.01 or entropy > 0.999 * most):
             return ""
         self.warned = True
-        return (f"WARNING: the teacher has collapsed (effective rank {signs['rank']:.1f}, spread {signs['std']:.3f}, entropy "
-                f"{entropy:.3f} of ln K = {math.log(prototypes):.3f}): features hardly depend on the image. See the README, "
-                "'Signs of collapse'; --koleo 0.1, fewer --prototypes or a higher --lr usually help")  # fmt: skip
-
-
-def prepare(cfg: Config) -> tuple[Patches, dict | None, str]:
-    """On rank 0, before any work: the patches, and the checkpoint to go on from, if any. Raises UserError."""
-    out = Path(cfg.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / ".writable").touch()
-        (out / ".writable").unlink()
-    except OSError as error:
-        raise UserError(f"--out {out}: can't write there ({error.strerror})") from None
-    saved, note = find_checkpoint(cfg)
-    if saved:
-        check_same_run(cfg, saved["config"])
-    patches = Patches(cfg.data, cfg.patch_size)
-    if len(patches) < cfg.batch_size:
-        raise UserError(f"{len(patches)} patches are fewer than --batch-size {cfg.batch_size}: lower it, or add images")
-    if saved and saved["patches"] != len(patches):
-        note += f" (the data have changed: {saved['patches']} patches then, {len(patches)} now; not the same run any more)"
-    return patches, saved, note
+        return (f"WARNING: the teacher has collapsed (effective rank {rank:.1f}, spread {std:.3f}, "
+                f"entropy {entropy:.3f} of ln K = {most:.3f}): features hardly depend on the image. --koleo 0.1, fewer "
+                "--prototypes or a higher --lr usually help; see the README, 'Signs of collapse'")  # fmt: skip
 
 
 def train(cfg: Config) -> Path:
@@ -1106,69 +1094,67 @@ def train(cfg: Config) -> Path:
     rank, world = start_processes(device)
     if cfg.batch_size % world:
         raise UserError(f"--batch-size {cfg.batch_size} can't be shared by {world} processes: choose a multiple")
-    patches, saved, note = from_rank_0(lambda: prepare(cfg))
+    cfg = dataclasses.replace(cfg, data=[os.path.abspath(folder) for folder in cfg.data])
+    patches, saved, note = from_rank_0(lambda: prepare(cfg, world))
     floats = torch.float64 if dtype == torch.float64 else torch.float32  # of parameters; autocast lowers products only
     torch.manual_seed(cfg.seed)
     model = DINO(cfg)
-    if saved:
-        for part, state in zip((model.student, model.teacher, model.centers), saved["networks"]):
-            part.load_state_dict(state)
-    elif cfg.init:  # RedDino: from DINOv2's weights, student and teacher alike; only the heads are new
-        state = read_backbone(cfg.init)
-        note = [load_backbone(net["backbone"], state, cfg.init) for net in (model.student, model.teacher)][0]
+    vit = model.student["backbone"]
+    if cfg.init and not saved:  # RedDino: from DINOv2's weights, student and teacher alike; only the heads are new
+        note = load_backbone(vit, read_backbone(cfg.init), cfg.init)
+        model.teacher["backbone"].load_state_dict(vit.state_dict())
     model.to(device, floats)
     optimizer = make_optimizer(cfg, model.student)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    parts = {"student": model.student, "teacher": model.teacher, "centers": model.centers,
+             "optimizer": optimizer, "scaler": scaler}  # fmt: skip
     step, elapsed = 0, 0.0
     if saved:
-        optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
         step, elapsed = saved["step"], saved["elapsed"]
-    if cfg.compile or (cfg.compile is None and device.type == "cuda"):  # block by block: compiles in seconds, not minutes
-        for block in [*model.student["backbone"].blocks, *model.teacher["backbone"].blocks]:
+        for name in parts:
+            if saved[name]:  # a scaler that is off leaves nothing to load
+                parts[name].load_state_dict(saved[name])
+    if cfg.compile or (cfg.compile is None and device.type == "cuda"):  # by block: compiles in seconds, not minutes
+        for block in [*vit.blocks, *model.teacher["backbone"].blocks]:
             block.compile()
     parallel = model
     if world > 1:  # gradients become means over processes while the backward pass still runs
         ids = [device.index] if device.type == "cuda" else None
-        parallel = nn.parallel.DistributedDataParallel(model, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
-
-    # --- say what is going to happen
-    out, watch, journal = Path(cfg.out), Watch(), Journal(Path(cfg.out), step, rank == 0)
-    journal.say(f"{cfg.arch}, {sum(p.numel() for p in model.student['backbone'].parameters()) / 1e6:.1f}M parameters, on "
-                f"{len(patches)} patches of {len(patches.files)} images; {world} x {device.type}, {str(dtype)[6:]}")  # fmt: skip
-    journal.say(note) if note else None
-    journal.skip(patches.skipped, patches)
-    flops = step_flops(cfg, model.student["backbone"], model.student["dino_head"]) / world
-    peak = matmul_rate(device, dtype)
-    faults, bad_in_a_row, waited, began = {}, 0, 0.0, time.monotonic() - elapsed
-    since, since_step = time.monotonic(), step
+        parallel = nn.parallel.DistributedDataParallel(
+            model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)  # fmt: skip
 
     def save():
         if rank == 0:
             os.fsync(journal.metrics.fileno())
-            config = dataclasses.asdict(cfg) | {"data": [os.path.abspath(d) for d in cfg.data]}
-            networks = [part.state_dict() for part in (model.student, model.teacher, model.centers)]
-            write_aside(out / "checkpoint.pth", {
-                "networks": networks, "teacher": networks[1], "optimizer": optimizer.state_dict(), "step": step,
-                "scaler": scaler.state_dict(), "elapsed": elapsed, "config": config, "patches": len(patches), "world": world,
-            }, keep=out / "previous.pth")  # fmt: skip
+            state = {name: part.state_dict() for name, part in parts.items()}
+            state |= dict(step=step, elapsed=elapsed, patches=len(patches), processes=world, skipped=journal.skipped)
+            state["config"] = dataclasses.asdict(cfg)
+            write_aside(out / "checkpoint.pth", state, keep=out / "previous.pth")
 
-    with Interrupt() as interrupt:
-        batches = iter(make_loader(cfg, patches, step, rank, world, device))
+    # --- say what is going to happen
+    out, watch, journal = Path(cfg.out), Watch(), Journal(Path(cfg.out), step, rank == 0)
+    size = sum(p.numel() for p in vit.parameters()) / 1e6
+    journal.say(f"{cfg.arch}, {size:.1f}M parameters, on {len(patches)} patches of {len(patches.files)} images; "
+                f"{world} x {device.type}, {str(dtype)[6:]}", note)  # fmt: skip
+    journal.skip((saved["skipped"] if saved else {}) | patches.skipped, patches)
+    ideal = step_flops(cfg, model) / world / matmul_rate(device, dtype)  # seconds a step, were it all matrix products
+    faults, bad_in_a_row, waited, began = {}, 0, 0.0, time.monotonic() - elapsed
+    since, since_step = time.monotonic(), step
+
+    with interrupts() as caught, contextlib.closing(load(cfg, patches, step, rank, world, device)) as batches:
         while (done := elapsed / 60 / cfg.minutes if cfg.minutes else step / cfg.iters) < 1:
             # --- a batch
             waiting = time.monotonic()
-            global_views, local_views, masks, indices, new_faults = next(batches)
+            *views, masks, indices, new_faults = next(batches)
             waited += time.monotonic() - waiting
             faults |= new_faults
-            global_views, local_views = (normalise(v, device, floats) for v in (global_views, local_views))
 
             # --- forward, backward
             now = schedules(cfg, done)
             apply_schedules(optimizer, now)
             torch.manual_seed(int(np.random.default_rng((cfg.seed, step, rank, 3)).integers(2**62)))  # stochastic depth
             with torch.autocast(device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
-                losses = parallel(global_views, local_views, masks, now["teacher_temp"])
+                losses = parallel(*(normalise(v, device, floats) for v in views), masks, now["teacher_temp"])
             loss = sum(losses.values())
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
@@ -1177,7 +1163,7 @@ def train(cfg: Config) -> Path:
 
             # --- one exchange a step: numbers as means over processes, whether any was told to stop, rank 0's clock
             numbers = {"loss": loss, **losses, **{f"grad_{k[:4]}": v for k, v in zip(model.student, norms)},
-                       "teacher_entropy": model.signs["entropy"], "stop": loss.new_tensor(float(interrupt.signal > 0)),
+                       "teacher_entropy": model.signs["entropy"], "stop": loss.new_tensor(float(len(caught))),
                        "seconds": loss.new_tensor(world * (time.monotonic() - began) * (rank == 0))}  # fmt: skip
             means = all_reduce(torch.stack([v.detach().to(floats) for v in numbers.values()])).div(world).tolist()
             numbers = dict(zip(numbers, means))
@@ -1189,13 +1175,12 @@ def train(cfg: Config) -> Path:
                 scaler.step(optimizer)
                 model.update_teacher(now["momentum"])
                 watch.note(model.signs)
-            starting = scaler.is_enabled() and math.isfinite(numbers["loss"]) and scaler.get_scale() > 1  # fp16 finds its scale
-            scaler.update() if scaler.is_enabled() else None
+            searching = scaler.is_enabled() and math.isfinite(numbers["loss"]) and scaler.get_scale() > 1  # for a scale
+            scaler.update()
             if not finite:
-                files = ", ".join(sorted({repr(patches.file_of(i)) for i in indices}))
-                journal.say(f"step {step} skipped: loss {numbers['loss']:.4g}, a loss or gradient is not finite; files: {files}")
-                numbers = {k: v if math.isfinite(v) else None for k, v in numbers.items()}
-            bad_in_a_row = 0 if finite or starting else bad_in_a_row + 1
+                files = sorted({patches.file_of(i) for share in gather(indices) for i in share})
+                journal.say(f"step {step} skipped: loss {numbers['loss']:.4g}, or a gradient, is not finite; {files=}")
+            bad_in_a_row = 0 if finite or searching else bad_in_a_row + 1
 
             # --- write down
             last = stop or bad_in_a_row == 3 or (elapsed / 60 >= cfg.minutes if cfg.minutes else step + 1 >= cfg.iters)
@@ -1203,31 +1188,26 @@ def train(cfg: Config) -> Path:
             journal.step({"step": step, **numbers, **now, **signs, "skipped": not finite})
             step += 1
             if step % cfg.log_every == 0 or last:
-                if world > 1:
-                    everyones = [{}] * world
-                    dist.all_gather_object(everyones, faults)
-                    faults = {k: v for one in everyones for k, v in one.items()}
-                journal.skip(faults, patches)
+                journal.skip(dict(collections.ChainMap(*gather(faults))), patches)
                 seconds, steps = time.monotonic() - since, step - since_step
-                eta = (60 * cfg.minutes - elapsed) if cfg.minutes else seconds / steps * (cfg.iters - step)
-                parts = " ".join(f"{k} {numbers[k]:.3f}" for k in losses if numbers[k] is not None)
-                line = [f"step {step}" + f"/{cfg.iters}" * (not cfg.minutes), f"loss {numbers['loss'] or math.nan:.3f} ({parts})",
-                        f"lr {now['lr']:.1e}", f"entropy {numbers['teacher_entropy'] or math.nan:.2f}/{math.log(cfg.prototypes):.2f}",
-                        *([f"rank {signs['rank']:.0f}/{model.student['backbone'].embed_dim}"] if signs else []),
-                        f"{steps * cfg.batch_size / seconds:.1f} img/s", f"wait {waited / seconds:.0%}",
-                        f"MFU {steps * flops / seconds / peak:.0%}", f"ETA {eta // 3600:.0f}:{eta // 60 % 60:02.0f}:{eta % 60:02.0f}"]  # fmt: skip
-                journal.say("  ".join(line))
-                warning = watch.warning(signs, numbers["teacher_entropy"] or 0.0, cfg.prototypes)
-                journal.say(warning) if warning else None
+                eta = 60 * cfg.minutes - elapsed if cfg.minutes else seconds / steps * (cfg.iters - step)
+                terms = " ".join(f"{name} {numbers[name]:.3f}" for name in losses)
+                entropy, of = numbers["teacher_entropy"], "" if cfg.minutes else f"/{cfg.iters}"
+                effective = f"rank {signs['rank']:.0f}/{vit.embed_dim}  " if signs else ""
+                journal.say(f"step {step}{of}  loss {numbers['loss']:.3f} ({terms})  lr {now['lr']:.1e}  "
+                            f"entropy {entropy:.2f}/{math.log(cfg.prototypes):.2f}  {effective}"
+                            f"{steps * cfg.batch_size / seconds:.1f} img/s  wait {waited / seconds:.0%}  "
+                            f"MFU {steps * ideal / seconds:.0%}  ETA {datetime.timedelta(seconds=round(eta))}",
+                            watch.warning(signs, entropy, cfg.prototypes))  # fmt: skip
                 faults, waited, since, since_step = {}, 0.0, time.monotonic(), step
             if bad_in_a_row == 3:
-                raise UserError(f"three steps in a row were not finite; {out}'s last checkpoint, from before them, is kept: "
-                                "look at the files named above, lower --lr, or try --dtype float32")  # fmt: skip
+                raise UserError("three steps in a row were not finite; the last checkpoint is from before them; look "
+                                "at the files named above, lower --lr, or try --dtype float32")  # fmt: skip
             if step % cfg.save_every == 0 or last:
                 save()
             if stop:
                 journal.say(f"interrupted: saved at step {step}; the same command goes on from there")
-                raise SystemExit(128 + (interrupt.signal or signal.SIGTERM))
+                raise SystemExit(128 + (caught or [signal.SIGTERM])[0])
     if rank == 0:
         write_aside(out / "backbone.pth", model.teacher["backbone"].state_dict())
         journal.say(f"done: {out / 'backbone.pth'} holds the teacher's backbone")
@@ -1236,22 +1216,26 @@ def train(cfg: Config) -> Path:
 
 def demo(cfg: Config):
     """Without --data: draw smears, train on some, score the features on others before and after."""
+    import smears
     from eval import evaluate
-    from smears import draw
 
-    device, _ = choose_device(cfg)
-    rank, _ = start_processes(device)
-    out = Path(cfg.out)
-    if rank == 0:
+    rank, _ = start_processes(choose_device(cfg)[0])
+    out, untrained = Path(cfg.out), Path(cfg.out, "untrained.pth")
+
+    def draw():
         print(f"no --data: drawing blood smears in {out} to train on, and others to score the features on", flush=True)
-    drawn = from_rank_0(lambda: [draw(out / "seen", 160, 2 * cfg.seed), draw(out / "unseen", 60, 2 * cfg.seed + 1)])
-    cfg.data = [str(Path(drawn[0]).parent)]
-    backbone = train(cfg)
+        try:
+            return [smears.draw(out / "seen", 160, 2 * cfg.seed), smears.draw(out / "unseen", 60, 2 * cfg.seed + 1)]
+        except smears.UserError as error:
+            raise UserError(str(error)) from None
+
+    seen, unseen = from_rank_0(draw)
+    backbone = train(dataclasses.replace(cfg, data=[str(Path(seen).parent)]))
     if rank == 0:
         torch.manual_seed(cfg.seed)
-        write_aside(out / "untrained.pth", DINO(cfg).teacher["backbone"].state_dict())
-        weights = {"pixels": "pixels", "colour": "colour", "before training": out / "untrained.pth", "after training": backbone}
-        evaluate(drawn[1], weights, protocols=["knn"], out=out / "scores", device=cfg.device)
+        write_aside(untrained, DINO(cfg).teacher["backbone"].state_dict())
+        weights = {"pixels": "pixels", "colour": "colour", "before training": untrained, "after training": backbone}
+        evaluate(unseen, weights, protocols=["knn"], out=out / "scores", device=cfg.device)
 
 
 def main(argv: list[str] | None = None):
@@ -1264,12 +1248,15 @@ def main(argv: list[str] | None = None):
         else:
             demo(cfg)
     except (UserError, OSError) as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"reddino.py: error: {error}", file=sys.stderr, flush=True)
+        who = f"process {rank}: " if (rank := int(os.environ.get("RANK", 0))) else ""
+        print(f"reddino.py: error: {who}{error}", file=sys.stderr, flush=True)
         sys.exit(2)
-    finally:
-        if dist.is_initialized() and sys.exc_info()[0] is None:
+    else:
+        if dist.is_initialized():
             dist.destroy_process_group()
+    finally:  # a worker ignores the SIGTERM with which Python ends it, and Python would wait for it
+        for worker in multiprocessing.active_children():
+            worker.kill()
 
 
 if __name__ == "__main__":
