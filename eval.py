@@ -42,7 +42,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from augment import MEAN, STD, BadImage, UserError, find_images, read_image
-from reddino import VisionTransformer, build_vit, read_backbone, vit_from_state
+from reddino import VisionTransformer, build_vit, resize_pos_embed
 
 PROTOCOLS = ("knn", "linear", "fewshot")
 SCORES = {"accuracy": "accuracy", "balanced_accuracy": "balanced", "macro_f1": "macro F1", "weighted_f1": "weighted F1",
@@ -137,6 +137,105 @@ def read_cells(data: str, drop_labels=()) -> Cells:
     content = os.fsencode("".join(digests)) + file.tobytes() + (b"" if centre is None else centre.tobytes())
     return Cells(files, file, centre, label, classes, image, group, by, source, tuple(sources), split,
                  hashlib.sha256(content).hexdigest())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Weights: a backbone's state dict under DINOv2's names, from whatever layout it was published in. Everything is read
+# with weights_only=True: a .pth is a pickle, and a hostile one would otherwise run its code here.
+
+HUB = "https://dl.fbaipublicfiles.com/dinov2/dinov2_{0}/dinov2_{0}{1}_pretrain.pth"  # 0: vits14 ...; 1: _reg4 or none
+
+
+def load_file(path: str | Path) -> dict:
+    """The dict in a .pth or .safetensors file; UserError in one line if there is none."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        if str(path).endswith(".safetensors"):
+            from safetensors.torch import load_file as load_safetensors
+
+            return load_safetensors(path)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError:
+        raise UserError(f"{path}: pip install safetensors to read it") from None
+    except Exception as error:  # torch.load raises a different type for each way in which a file can be wrong
+        unsafe = "Unsupported" in str(error) or "weights_only" in str(error)
+        why = "refused: it holds more than tensors and plain values" if unsafe else "not a file that PyTorch can read"
+        raise UserError(f"{path}: {why}") from None
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path}: holds a {type(loaded).__name__}, not a state dict")
+    return loaded
+
+
+def read_backbone(path_or_name: str) -> dict[str, Tensor]:
+    """A backbone's state dict in DINOv2's names, from: our checkpoints and backbone.pth; DINOv2's .pth; RedDino's and
+    DinoBloom's {"teacher": {"backbone.…"}}; timm's layout; or a name (dinov2_vits14, dinov2_vitb14_reg, ...), which
+    is downloaded. Raises UserError for anything else."""
+    name = re.fullmatch(r"dinov2_(vit[sblg]14)(_reg)?", str(path_or_name))
+    if name and not Path(path_or_name).exists():
+        url = HUB.format(name[1], "_reg4" if name[2] else "")
+        try:
+            state = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
+        except OSError as error:
+            raise UserError(f"{name[0]}: can't download {url} ({error}); fetch it elsewhere, pass its path") from None
+    else:
+        state = load_file(path_or_name)
+    for wrapper in ("teacher", "model", "state_dict"):
+        if isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    state = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    state = {re.sub(r"^(module\.)?(_orig_mod\.)?", "", k): v for k, v in state.items()}
+    if any(k.startswith("backbone.") for k in state):
+        state = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
+    state = {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", k): v for k, v in state.items()}  # DINOv2's block chunks
+    if not {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= set(state):
+        raise UserError(f"{path_or_name}: holds no vision transformer in DINOv2's or timm's layout")
+    return from_timm(state)
+
+
+def from_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """timm's names and shapes to DINOv2's; a state dict that has DINOv2's comes back as it is."""
+    renames = {"reg_token": "register_tokens"}
+    fc1, fc2 = (state.get(f"blocks.0.mlp.{name}.weight") for name in ("fc1", "fc2"))
+    if fc1 is not None and fc1.shape[0] == 2 * fc2.shape[1]:  # fc1 gives gate and value: timm's packed SwiGLU
+        renames |= {"mlp.fc1": "mlp.w12", "mlp.fc2": "mlp.w3"}
+    for old, new in renames.items():
+        state = {k.replace(old, new): v for k, v in state.items()}
+    pos = state["pos_embed"]
+    if math.isqrt(pos.shape[1]) ** 2 == pos.shape[1]:  # timm adds the class token's position to the token itself
+        state["pos_embed"] = torch.cat([torch.zeros_like(pos[:, :1]), pos], dim=1)
+    return {k: v for k, v in state.items() if not k.startswith("head.")}
+
+
+def vit_from_state(state: dict[str, Tensor], img_size: int | None = None) -> VisionTransformer:
+    """A VisionTransformer in eval mode that fits a state dict of read_backbone and holds it. img_size: the size whose
+    positions are stored, those of the state dict if None. All of DINOv2's networks have heads of 64 dimensions."""
+    dim, patch = state["cls_token"].shape[-1], state["patch_embed.proj.weight"].shape[-1]
+    depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
+    registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
+    img_size = img_size or patch * math.isqrt(state["pos_embed"].shape[1] - 1)
+    vit = VisionTransformer(img_size, patch, dim, depth, dim // 64, "blocks.0.mlp.w12.weight" in state, registers)
+    load_weights(vit, state)
+    return vit.eval()
+
+
+def load_weights(vit: VisionTransformer, state: dict[str, Tensor], source: str = "the weights") -> str:
+    """Load a state dict of read_backbone, positions stretched to vit's size; says in one line what was loaded.
+
+    UserError if it is another architecture's.
+    """
+    grid = vit.img_size // vit.patch_size
+    state = dict(state)
+    state["pos_embed"] = resize_pos_embed(state["pos_embed"], grid, grid, state.get("register_tokens") is not None)
+    own = vit.state_dict()
+    wrong = [k for k, v in state.items() if k in own and own[k].shape != v.shape]
+    missing = [k for k in own if k not in state and k not in ("mask_token", "register_tokens")]
+    if wrong or missing:
+        raise UserError(f"{source}: another architecture ({(wrong + missing)[0]} does not fit); choose another --arch")
+    vit.load_state_dict(state, strict=False)
+    new, unused = [k for k in own if k not in state], [k for k in state if k not in own]
+    return (f"{source}: {len(own) - len(new)} tensors loaded" + (f"; new: {', '.join(new)}" if new else "")
+            + (f"; not used: {', '.join(unused)}" if unused else ""))  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------------

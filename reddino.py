@@ -657,105 +657,6 @@ def apply_schedules(optimizer: torch.optim.AdamW, now: dict[str, float]):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Weights in: a backbone's state dict under DINOv2's names, from whatever layout it was published in. Everything is read
-# with weights_only=True: a .pth is a pickle, and a hostile one would otherwise run its code here.
-
-HUB = "https://dl.fbaipublicfiles.com/dinov2/dinov2_{0}/dinov2_{0}{1}_pretrain.pth"  # 0: vits14 ...; 1: _reg4 or none
-
-
-def load_file(path: str | Path) -> dict:
-    """The dict in a .pth or .safetensors file; UserError in one line if there is none."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file")
-    try:
-        if str(path).endswith(".safetensors"):
-            from safetensors.torch import load_file as load_safetensors
-
-            return load_safetensors(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except ImportError:
-        raise UserError(f"{path}: pip install safetensors to read it") from None
-    except Exception as error:  # torch.load raises a different type for each way in which a file can be wrong
-        unsafe = "Unsupported" in str(error) or "weights_only" in str(error)
-        why = "refused: it holds more than tensors and plain values" if unsafe else "not a file that PyTorch can read"
-        raise UserError(f"{path}: {why}") from None
-    if not isinstance(loaded, dict):
-        raise UserError(f"{path}: holds a {type(loaded).__name__}, not a state dict")
-    return loaded
-
-
-def read_backbone(path_or_name: str) -> dict[str, Tensor]:
-    """A backbone's state dict in DINOv2's names, from: our checkpoints and backbone.pth; DINOv2's .pth; RedDino's and
-    DinoBloom's {"teacher": {"backbone.…"}}; timm's layout; or a name (dinov2_vits14, dinov2_vitb14_reg, ...), which
-    is downloaded. Raises UserError for anything else."""
-    name = re.fullmatch(r"dinov2_(vit[sblg]14)(_reg)?", str(path_or_name))
-    if name and not Path(path_or_name).exists():
-        url = HUB.format(name[1], "_reg4" if name[2] else "")
-        try:
-            state = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
-        except OSError as error:
-            raise UserError(f"{name[0]}: can't download {url} ({error}); fetch it elsewhere, pass its path") from None
-    else:
-        state = load_file(path_or_name)
-    for wrapper in ("teacher", "model", "state_dict"):
-        if isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    state = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
-    state = {re.sub(r"^(module\.)?(_orig_mod\.)?", "", k): v for k, v in state.items()}
-    if any(k.startswith("backbone.") for k in state):
-        state = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
-    state = {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", k): v for k, v in state.items()}  # DINOv2's block chunks
-    if not {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= set(state):
-        raise UserError(f"{path_or_name}: holds no vision transformer in DINOv2's or timm's layout")
-    return from_timm(state)
-
-
-def from_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """timm's names and shapes to DINOv2's; a state dict that has DINOv2's comes back as it is."""
-    renames = {"reg_token": "register_tokens"}
-    fc1, fc2 = (state.get(f"blocks.0.mlp.{name}.weight") for name in ("fc1", "fc2"))
-    if fc1 is not None and fc1.shape[0] == 2 * fc2.shape[1]:  # fc1 gives gate and value: timm's packed SwiGLU
-        renames |= {"mlp.fc1": "mlp.w12", "mlp.fc2": "mlp.w3"}
-    for old, new in renames.items():
-        state = {k.replace(old, new): v for k, v in state.items()}
-    pos = state["pos_embed"]
-    if math.isqrt(pos.shape[1]) ** 2 == pos.shape[1]:  # timm adds the class token's position to the token itself
-        state["pos_embed"] = torch.cat([torch.zeros_like(pos[:, :1]), pos], dim=1)
-    return {k: v for k, v in state.items() if not k.startswith("head.")}
-
-
-def vit_from_state(state: dict[str, Tensor], img_size: int | None = None) -> VisionTransformer:
-    """A VisionTransformer in eval mode that fits a state dict of read_backbone and holds it. img_size: the size whose
-    positions are stored, those of the state dict if None. All of DINOv2's networks have heads of 64 dimensions."""
-    dim, patch = state["cls_token"].shape[-1], state["patch_embed.proj.weight"].shape[-1]
-    depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
-    registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
-    img_size = img_size or patch * math.isqrt(state["pos_embed"].shape[1] - 1)
-    vit = VisionTransformer(img_size, patch, dim, depth, dim // 64, "blocks.0.mlp.w12.weight" in state, registers)
-    load_backbone(vit, state)
-    return vit.eval()
-
-
-def load_backbone(vit: VisionTransformer, state: dict[str, Tensor], source: str = "the weights") -> str:
-    """Load a state dict of read_backbone, positions stretched to vit's size; says in one line what was loaded.
-
-    UserError if it is another architecture's.
-    """
-    grid = vit.img_size // vit.patch_size
-    state = dict(state)
-    state["pos_embed"] = resize_pos_embed(state["pos_embed"], grid, grid, state.get("register_tokens") is not None)
-    own = vit.state_dict()
-    wrong = [k for k, v in state.items() if k in own and own[k].shape != v.shape]
-    missing = [k for k in own if k not in state and k not in ("mask_token", "register_tokens")]
-    if wrong or missing:
-        raise UserError(f"{source}: another architecture ({(wrong + missing)[0]} does not fit); choose another --arch")
-    vit.load_state_dict(state, strict=False)
-    new, unused = [k for k in own if k not in state], [k for k in state if k not in own]
-    return (f"{source}: {len(own) - len(new)} tensors loaded" + (f"; new: {', '.join(new)}" if new else "")
-            + (f"; not used: {', '.join(unused)}" if unused else ""))  # fmt: skip
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Checkpoints out. A run's future depends on the networks, the optimiser, the centers, the scaler and the step, and on
 # nothing else: all randomness is a function of (seed, sample, epoch) or (seed, step), see Views and Draws. So a resumed
 # run is the uninterrupted one, on a CPU bit for bit.
@@ -784,6 +685,8 @@ def find_checkpoint(cfg: Config, there: list[Path]) -> tuple[dict | None, str]:
         if there and not cfg.overwrite:
             raise UserError(f"{cfg.out} holds a run: --resume auto goes on with it, --overwrite replaces it")
         return None, ""
+    from eval import load_file
+
     said = []
     for path in [p for p in there if p.suffix == ".pth"] if cfg.resume == "auto" else [Path(cfg.resume)]:
         try:
@@ -1089,6 +992,8 @@ def train(cfg: Config) -> Path:
 
     Raises UserError for what the user can mend, SystemExit(128 + signal) after a SIGTERM or SIGINT.
     """
+    from eval import load_weights, read_backbone  # which imports this file
+
     # --- machine, data, networks, optimiser; all processes start from the same
     device, dtype = choose_device(cfg)
     rank, world = start_processes(device)
@@ -1101,7 +1006,7 @@ def train(cfg: Config) -> Path:
     model = DINO(cfg)
     vit = model.student["backbone"]
     if cfg.init and not saved:  # RedDino: from DINOv2's weights, student and teacher alike; only the heads are new
-        note = load_backbone(vit, read_backbone(cfg.init), cfg.init)
+        note = load_weights(vit, read_backbone(cfg.init), cfg.init)
         model.teacher["backbone"].load_state_dict(vit.state_dict())
     model.to(device, floats)
     optimizer = make_optimizer(cfg, model.student)
@@ -1178,8 +1083,8 @@ def train(cfg: Config) -> Path:
             searching = scaler.is_enabled() and math.isfinite(numbers["loss"]) and scaler.get_scale() > 1  # for a scale
             scaler.update()
             if not finite:
-                files = sorted({patches.file_of(i) for share in gather(indices) for i in share})
-                journal.say(f"step {step} skipped: loss {numbers['loss']:.4g}, or a gradient, is not finite; {files=}")
+                files = ", ".join(sorted({repr(patches.file_of(i)) for share in gather(indices) for i in share}))
+                journal.say(f"step {step} skipped, not finite: loss {numbers['loss']:.4g} or gradient; files: {files}")
             bad_in_a_row = 0 if finite or searching else bad_in_a_row + 1
 
             # --- write down
@@ -1242,6 +1147,8 @@ def main(argv: list[str] | None = None):
     try:
         cfg = parse_args(sys.argv[1:] if argv is None else argv)
         if cfg.export:
+            from eval import read_backbone
+
             write_aside(Path(cfg.export), read_backbone(str(Path(cfg.out) / "checkpoint.pth")))
         elif cfg.data:
             train(cfg)
