@@ -11,8 +11,8 @@ import logging
 import math
 import os
 import random
+import signal
 import stat
-import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -20,6 +20,7 @@ os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # before its import, or it asks th
 import albumentations as A
 import cv2
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 cv2.setNumThreads(0)  # DataLoader workers are the parallelism; OpenCV's own threads would fight them for cores
@@ -75,9 +76,7 @@ def _to_rgb(im):
 
 def read_image(path, header_only=False, writable=True):
     """A file's pixels, RGB uint8 [H, W, 3], upright by its EXIF, first frame or page. Raises BadImage, nothing else.
-
-    header_only: (H, W) instead, without decoding. writable=False spares a copy: 2.4 for 4.5 ms at 640 x 480.
-    """
+    header_only: (H, W) instead, without decoding. writable=False spares a copy: 2.4 for 4.5 ms at 640 x 480."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError("not a regular file")  # opening a named pipe would wait for ever
@@ -115,12 +114,10 @@ def window_starts(length, patch_size):
 
 
 class Patches:
-    """Folders of images as one list of patches: p[i] -> RGB uint8 [h, w, 3], h and w at most patch_size (0: any).
-
-    A side longer than patch_size is cut into windows, a shorter one is kept whole. Only headers are read here.
-    files: paths. sources: (folder, first patch, one past the last) for each folder. skipped: {path: reason}.
-    Raises UserError (a folder missing, given twice or without images; most files unreadable); p[i] raises BadImage.
-    """
+    """Folders of images as one list of patches: p[i] -> RGB uint8 [h, w, 3], h and w at most patch_size (0: any), or
+    BadImage. A longer side is cut into windows, a shorter one kept whole. Only headers are read here. files: paths.
+    sources: (folder, first patch, one past the last) for each folder. skipped: {path: reason}. Raises UserError for a
+    folder missing, given twice or without images, and if most files are unreadable."""
 
     def __init__(self, folders, patch_size=224):
         self.patch_size, self.files, self.sources, self.skipped = patch_size, [], [], {}
@@ -134,36 +131,31 @@ class Patches:
             with ThreadPoolExecutor(16) as pool:  # mostly waiting for the disk or the network
                 headers = [pool.submit(read_image, path, header_only=True) for path in found]
             for path, header in zip(found, headers):
-                try:
-                    self.sizes.append(header.result())
-                except BadImage as bad:
+                if bad := header.exception():
                     self.skipped[path] = bad.reason
-                else:
-                    self.files.append(path)
-                    ends.append(ends[-1] + math.prod(len(window_starts(n, patch_size)) for n in self.sizes[-1]))
+                    continue
+                self.files.append(path)
+                self.sizes.append(header.result())
+                ends.append(ends[-1] + math.prod(len(window_starts(n, patch_size)) for n in self.sizes[-1]))
             self.sources.append((folder, begin, ends[-1]))
         if len(self.skipped) > len(self.files):
-            path, reason = next(iter(self.skipped.items()))
-            raise UserError(f"{len(self.skipped)} of {len(self.skipped) + len(self.files)} images can't be read; "
-                            f"the first is {path!r}: {reason}")
+            raise UserError(f"{len(self.skipped)} of {len(self.skipped) + len(self.files)} images can't be read; the "
+                            f"first is {BadImage(*next(iter(self.skipped.items())))}")
         self.sizes, self.ends = np.array(self.sizes), np.array(ends[1:])  # arrays: a forked worker copies none of them
 
     def __len__(self):
         return int(self.ends[-1])
 
-    def _file(self, i):
+    def file_of(self, i):
         if not 0 <= i < len(self):
             raise IndexError(f"patch {i} of {len(self)}")
-        return int(np.searchsorted(self.ends, i, side="right"))
-
-    def file_of(self, i):
-        return self.files[self._file(i)]
+        return self.files[np.searchsorted(self.ends, i, side="right")]
 
     def __getitem__(self, i):
-        f = self._file(i)
-        image, size = read_image(self.files[f], writable=False), self.patch_size or MAX_PIXELS
+        path, f = self.file_of(i), np.searchsorted(self.ends, i, side="right")
+        image, size = read_image(path, writable=False), self.patch_size or MAX_PIXELS
         if image.shape[:2] != tuple(self.sizes[f]):
-            raise BadImage(self.files[f], "its size has changed since the run began")
+            raise BadImage(path, "its size has changed since the run began")
         ys, xs = (window_starts(side, self.patch_size) for side in image.shape[:2])
         y, x = divmod(int(i - self.ends[f]) + len(ys) * len(xs), len(xs))
         return image[ys[y]:ys[y] + size, xs[x]:xs[x] + size].copy()
@@ -296,7 +288,6 @@ GROUPS = {
 }
 TRANSFORMS = [t for group in GROUPS.values() for t in group]
 
-
 # DINOv2's own, in this order, for the first and second global view and the local ones. Blur with 1.0, 0.1, 0.5 is what
 # DINOv2 describes; its code hands 1 - p to the transform, so that its models saw 0, 0.9, 0.5.
 DINOV2 = [[
@@ -317,56 +308,141 @@ def sample_rng(seed, index, epoch):
     return np.random.default_rng((seed, index, epoch))
 
 
-def random_resized_crop(image, size, scale, rng, enlarge):
-    """A random part, `scale` of the area, aspect 3/4 to 4/3 (torchvision's algorithm): [h, w, 3] -> [size, size, 3]."""
-    height, width = image.shape[:2]
-    for _ in range(10):
-        area, aspect = height * width * rng.uniform(*scale), math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-        h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
-        if 0 < h <= height and 0 < w <= width:
-            y, x = rng.integers(height - h + 1), rng.integers(width - w + 1)
-            break
-    else:  # a strip: its middle, at the nearest allowed aspect
-        h, w = max(1, min(height, round(width * 4 / 3))), max(1, min(width, round(height * 4 / 3)))
-        y, x = (height - h) // 2, (width - w) // 2
-    shrinks = h > size and w > size  # averaging then, for the others would skip pixels and alias
-    return cv2.resize(image[y:y + h, x:x + w], (size, size), interpolation=cv2.INTER_AREA if shrinks else enlarge)
-
-
 class MultiCrop:
     """mc(patch, rng): RGB uint8 [h, w, 3] of any size -> 2 global uint8 [2, 3, G, G], L local views [L, 3, l, l].
-
-    augment: "reddino" or "dinov2" (to compare). All randomness comes from rng, a numpy Generator: see sample_rng.
-    """
+    augment: "reddino" or "dinov2" (to compare). All randomness comes from rng, a numpy Generator: see sample_rng."""
 
     def __init__(self, augment="reddino", global_size=224, local_size=98, local_crops=1, global_scale=(0.32, 1.0),
                  local_scale=(0.05, 0.32)):
         if augment not in ("reddino", "dinov2"):
             raise UserError(f"--augment {augment!r}: it is reddino or dinov2")
-        self.dinov2 = augment == "dinov2"
-        self.crops = [(global_size, global_scale)] * 2 + [(local_size, local_scale)] * local_crops
-        self.local_shape = (local_crops, 3, local_size, local_size)
+        self.dinov2, self.local_shape = augment == "dinov2", (local_crops, 3, local_size, local_size)
+        # Of random area and aspect 3/4 to 4/3. Shrunk by averaging, for the others would skip pixels and alias;
+        # enlarged bilinearly as the release does, bicubically as DINOv2.
+        enlarge = cv2.INTER_CUBIC if self.dinov2 else cv2.INTER_LINEAR
+        self.crops = [A.RandomResizedCrop((size, size), scale, interpolation=enlarge, area_for_downscale="image")
+                      for size, scale in [(global_size, global_scale)] * 2 + [(local_size, local_scale)] * local_crops]
 
     def __call__(self, patch, rng):
         # Albumentations draws from two generators. Given both here, its own never count: left alone, in 2.0.8, two
         # workers draw the same, and again in each epoch. Seeding a pipeline of 32 anew would take 1.05 ms, this 0.01.
         python_rng = random.Random(int(rng.integers(2**62)))
-        views = [self._view(patch, v, rng, python_rng) for v in range(len(self.crops))]
+        views = []
+        for v, crop in enumerate(self.crops):  # cropped first, since colour work costs by the pixel
+            # RedDino: four different ones of the 32, each with its p. (1.4's SomeOf drew with replacement, ignored p.)
+            view, some = patch, DINOV2[min(v, 2)] if self.dinov2 else python_rng.sample(TRANSFORMS, 4)
+            for transform in (crop, *some):
+                transform.set_random_state(rng, python_rng)
+                view = transform(image=view)["image"]
+            if not self.dinov2:  # RedDino: a smear has no up or left; the release flips and turns with 0.85, not 0.5
+                view = view[:, ::-1] if rng.random() < P else view  # numpy: 0.05 ms for the three; the library: 0.26
+                view = view[::-1] if rng.random() < P else view
+                view = np.rot90(view, rng.integers(4)) if rng.random() < P else view
+            views.append(np.ascontiguousarray(view.transpose(2, 0, 1)))  # [3, size, size]
         return np.stack(views[:2]), np.array(views[2:], np.uint8).reshape(self.local_shape)
 
-    def _view(self, patch, v, rng, python_rng):
-        # Cropped first, since colour work costs by the pixel. Bilinear as the release, bicubic as DINOv2.
-        size, scale = self.crops[v]
-        view = random_resized_crop(patch, size, scale, rng, cv2.INTER_CUBIC if self.dinov2 else cv2.INTER_LINEAR)
-        # RedDino: four different ones of the 32, each with its p. (In 1.4 SomeOf drew with replacement and ignored p.)
-        for transform in DINOV2[min(v, 2)] if self.dinov2 else python_rng.sample(TRANSFORMS, 4):
-            transform.set_random_state(rng, python_rng)
-            view = transform(image=view)["image"]
-        if not self.dinov2:  # RedDino: a smear has no up or left; the release flips and turns with 0.85, not 0.5
-            view = view[:, ::-1] if rng.random() < P else view
-            view = view[::-1] if rng.random() < P else view
-            view = np.rot90(view, rng.integers(4)) if rng.random() < P else view
-        return np.ascontiguousarray(view.transpose(2, 0, 1))  # [3, size, size]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches. Sample n of a run is number n % length of a shuffle of epoch n // length: each patch once an epoch, across
+# all processes, and the place in the data is the step alone. Masks hide half of the global views in part from the
+# student, who has to fill them in (iBOT, DINOv2).
+
+def mask_ratios(seed: int, step: int, views: int) -> np.ndarray:
+    """Share of patches to mask in each of a step's global views, [views]: 0 for a random half, the others spread
+    evenly over 0.1 to 0.5 (iBOT, DINOv2), so that each batch holds easy and hard ones."""
+    rng = np.random.default_rng((seed, step, 2))  # 2: a stream of its own
+    ratios, masked = np.zeros(views), views // 2
+    ratios[rng.permutation(views)[:masked]] = 0.1 + 0.4 * (np.arange(masked) + rng.random(masked)) / max(masked, 1)
+    return ratios
+
+
+def block_mask(rng: np.random.Generator, height: int, width: int, ratio: float) -> np.ndarray:
+    """bool [height, width] with about ratio*height*width patches set, in rectangles (BEiT, Bao et al. 2021): single
+    patches could be filled in from their neighbours. A rectangle has 4 patches to what is left, aspect ratio
+    log-uniform in 0.3 to 1/0.3, and never adds more than is left; after 10 rectangles that don't fit it's enough."""
+    mask, left = np.zeros((height, width), bool), int(ratio * height * width)
+    misses = 0
+    while left > 0 and misses < 10:
+        area = 4 + (left - 4) * rng.random()
+        aspect = math.exp(rng.uniform(math.log(0.3), -math.log(0.3)))
+        h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        misses += 1
+        if 0 < h < height and 0 < w < width:
+            top, side = rng.integers(height - h + 1), rng.integers(width - w + 1)
+            block = mask[top : top + h, side : side + w]
+            new = block.size - int(block.sum())
+            if 0 < new <= left:
+                block[:] = True
+                left, misses = left - new, 0
+    return mask
+
+
+class Draws:
+    """Batch sampler: for each of `steps`, this process's share of a batch of `batch` as (epoch, patch, mask ratios)."""
+
+    def __init__(self, patches, steps, batch, seed, balance=False, rank=0, world=1):
+        self.steps, self.batch, self.seed, self.rank, self.world, self.shuffles = steps, batch, seed, rank, world, {}
+        pools = [range(first, last) for _, first, last in patches.sources if last > first]
+        self.pools = pools if balance else [range(len(patches))]  # balance: the sources take turns
+
+    def draw(self, sample):
+        """Epoch and patch of a sample of the run."""
+        turn, n = divmod(sample, len(self.pools))
+        epoch, place = divmod(turn, len(self.pools[n]))
+        if self.shuffles.get(n, (None,))[0] != epoch:
+            rng = np.random.default_rng((self.seed, epoch, n, 1))  # 1: a stream of its own
+            self.shuffles[n] = epoch, rng.permutation(self.pools[n])
+        return epoch, int(self.shuffles[n][1][place])
+
+    def __iter__(self):
+        for step in self.steps:
+            ratios = mask_ratios(self.seed, step, 2 * self.batch).reshape(self.batch, 2)
+            # interleaved, so that each process gets its share of each mask ratio
+            yield [(*self.draw(step * self.batch + slot), tuple(ratios[slot]))
+                   for slot in range(self.rank, self.batch, self.world)]
+
+
+class Views:
+    """views[epoch, patch, mask ratios]: crops as MultiCrop's, bool masks [2, grid * grid], number of the patch, and
+    {path: reason} of the files that could not be read on the way."""
+
+    def __init__(self, patches, crop, grid, seed):
+        self.patches, self.crop, self.grid, self.seed = patches, crop, grid, seed
+
+    def __getitem__(self, draw):
+        epoch, index, ratios = draw
+        rng = sample_rng(self.seed, index, epoch)
+        patch, faults = np.full((8, 8, 3), 128, np.uint8), {}  # grey if nothing can be read, in which training stops
+        for _ in range(20):
+            try:
+                patch = self.patches[index]
+                break
+            except BadImage as bad:  # another patch takes its place, the same in every repetition of the run
+                faults[bad.path] = bad.reason
+                index = int(rng.integers(len(self.patches)))
+        views = self.crop(patch, rng)
+        return *views, np.stack([block_mask(rng, self.grid, self.grid, ratio).ravel() for ratio in ratios]), index, faults
+
+
+def collate(samples):
+    """Samples to a batch, view after view: [2*B, 3, H, W], [L*B, 3, h, w], masks [2*B, N], patch numbers, faults."""
+    *views, indices, faults = zip(*samples)
+    views = [torch.from_numpy(np.stack(part, axis=1)).flatten(0, 1) for part in views]
+    return *views, list(indices), {path: reason for one in faults for path, reason in one.items()}
+
+
+def worker_init(_):
+    """A worker leaves signals to its parent, which finishes its step first, and computes on one core."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def load(patches, crop, grid, seed, draws, workers, pin):
+    """Batches of draws, see collate; a generator, whose end is that of its workers. pin: for a GPU."""
+    yield from torch.utils.data.DataLoader(Views(patches, crop, grid, seed), batch_sampler=draws, collate_fn=collate,
+                                           num_workers=workers, worker_init_fn=worker_init, pin_memory=pin,
+                                           prefetch_factor=4 if workers else None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -375,8 +451,7 @@ def gallery(patch, seed=0):
     """Every transform by name on one patch [h, w, 3], a row for each group: a PIL image."""
     page = Image.new("RGB", (8 + 232 * max(map(len, GROUPS.values())), 264 + 288 * len(GROUPS)), "white")
     small, large, draw = ImageFont.load_default(15), ImageFont.load_default(24), ImageDraw.Draw(page)
-    patch = cv2.resize(patch, (224, 224), interpolation=cv2.INTER_AREA)
-    page.paste(Image.fromarray(patch), (8, 8))
+    page.paste(Image.fromarray(patch := cv2.resize(patch, (224, 224), interpolation=cv2.INTER_AREA)), (8, 8))
     draw.text((248, 8), f"{len(TRANSFORMS)} pixel transforms of the patch at the left, seed {seed}", "black", large)
     for row, (title, transforms) in enumerate(GROUPS.items()):
         draw.text((8, 264 + 288 * row), title, "black", large)
@@ -399,8 +474,7 @@ def main():
         y, x = (max(0, (side - 224) // 2) for side in image.shape[:2])
         gallery(image[y:y + 224, x:x + 224], args.seed).save(args.out)
     except (BadImage, OSError, ValueError) as error:  # the last two: an --out that can't be written
-        print(f"augment.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        parser.exit(2, f"augment.py: error: {error}\n")
 
 
 if __name__ == "__main__":

@@ -428,12 +428,19 @@ def test_views_of_any_patch(recipe, shape):
             assert (patch == before).all()
 
 
+def cropped(image, size, scale, seed):
+    """The first crop of a view, before any transform."""
+    crop = MultiCrop(global_size=size, global_scale=scale).crops[0]
+    crop.set_random_state(np.random.default_rng(seed), random.Random(seed))
+    return crop(image=image)["image"]
+
+
 def test_crop_area_and_aspect():
     # Each pixel holds its position; the corners of the resized crop tell what was cut
     y, x = np.mgrid[:240, :240].astype(np.uint8)
     image, areas, aspects, centres = np.dstack((y, x, x)), [], [], []
     for i in range(2000):
-        c = augment.random_resized_crop(image, 64, (0.05, 0.32), sample_rng(0, i, 0), cv2.INTER_NEAREST).astype(float)
+        c = cropped(image, 64, (0.05, 0.32), i).astype(float)
         h, w = ((c[-1, -1] - c[0, 0])[:2] + 1) * 1.01
         areas.append(h * w / 240**2), aspects.append(w / h), centres.append(c[32, 32, :2])
     assert 0.03 < min(areas) < 0.06 and 0.30 < max(areas) < 0.35 and abs(np.mean(areas) - 0.185) < 0.01
@@ -443,11 +450,16 @@ def test_crop_area_and_aspect():
 
 def test_crop_with_scale_one_is_the_patch():
     patch = picture(224, 224)
-    crop = augment.random_resized_crop(patch, 224, (1, 1), np.random.default_rng(4), cv2.INTER_LINEAR)
-    assert crop.shape == patch.shape
+    assert any((cropped(patch, 224, (1, 1), seed) == patch).all() for seed in range(20))
     strip = picture(3, 300)  # no draw fits: the middle, 3 high and 4 wide
-    middle = augment.random_resized_crop(strip, 12, (0.32, 1), np.random.default_rng(0), cv2.INTER_NEAREST)
-    assert (middle == strip[:, 148:152].repeat(4, 0).repeat(3, 1)).all()
+    middle = cv2.resize(strip[:, 148:152], (12, 12), interpolation=cv2.INTER_LINEAR)
+    assert (cropped(strip, 12, (0.32, 1), 0) == middle).all()
+
+
+def test_crops_shrink_by_averaging():
+    noise = np.random.default_rng(0).integers(0, 256, (800, 800, 3), np.uint8)
+    shrunk = cropped(noise, 100, (1, 1), 1)  # of 64 pixels each: a standard deviation of 74 / 8
+    assert 8 < shrunk.std() < 11
 
 
 def test_four_different_of_32_each_with_its_p(monkeypatch):
