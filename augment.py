@@ -421,7 +421,8 @@ class Views:
                 faults[bad.path] = bad.reason
                 index = int(rng.integers(len(self.patches)))
         views = self.crop(patch, rng)
-        return *views, np.stack([block_mask(rng, self.grid, self.grid, ratio).ravel() for ratio in ratios]), index, faults
+        masks = np.stack([block_mask(rng, self.grid, self.grid, ratio).ravel() for ratio in ratios])
+        return *views, masks, index, faults
 
 
 def collate(samples):

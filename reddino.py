@@ -25,6 +25,7 @@ import collections
 import contextlib
 import dataclasses
 import datetime
+import itertools
 import json
 import math
 import multiprocessing
@@ -46,7 +47,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from augment import MEAN, STD, BadImage, MultiCrop, Patches, UserError, sample_rng
+from augment import MEAN, STD, Draws, MultiCrop, Patches, UserError, load
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Configuration. Every option, its default, what it does and where the number comes from; the command line is made from
@@ -496,36 +497,6 @@ def koleo_loss(x: Tensor, eps: float = 1e-8) -> Tensor:
     return -(x - everyone[nearest]).norm(dim=-1).clamp_min(eps).log().mean()
 
 
-def mask_ratios(seed: int, step: int, views: int) -> np.ndarray:
-    """Share of patches to mask in each of a step's global views, [views]: 0 for a random half, the others spread
-    evenly over 0.1 to 0.5 (iBOT, DINOv2), so that each batch holds easy and hard ones."""
-    rng = np.random.default_rng((seed, step, 2))  # 2: a stream of its own
-    ratios, masked = np.zeros(views), views // 2
-    ratios[rng.permutation(views)[:masked]] = 0.1 + 0.4 * (np.arange(masked) + rng.random(masked)) / max(masked, 1)
-    return ratios
-
-
-def block_mask(rng: np.random.Generator, height: int, width: int, ratio: float) -> np.ndarray:
-    """bool [height, width] with about ratio*height*width patches set, in rectangles (BEiT, Bao et al. 2021): single
-    patches could be filled in from their neighbours. A rectangle has 4 patches to what is left, aspect ratio
-    log-uniform in 0.3 to 1/0.3, and never adds more than is left; after 10 rectangles that don't fit it's enough."""
-    mask, left = np.zeros((height, width), bool), int(ratio * height * width)
-    misses = 0
-    while left > 0 and misses < 10:
-        area = 4 + (left - 4) * rng.random()
-        aspect = math.exp(rng.uniform(math.log(0.3), -math.log(0.3)))
-        h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        misses += 1
-        if 0 < h < height and 0 < w < width:
-            top, side = rng.integers(height - h + 1), rng.integers(width - w + 1)
-            block = mask[top : top + h, side : side + w]
-            new = block.size - int(block.sum())
-            if 0 < new <= left:
-                block[:] = True
-                left, misses = left - new, 0
-    return mask
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # One training step: student and teacher look at a batch, and out come the losses by name.
 
@@ -732,94 +703,24 @@ def prepare(cfg: Config, world: int) -> tuple[Patches, dict | None, str]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Data. Draws says which patch each process reads at which step, Views turns a patch into its crops and masks. Sample n
-# of the run is number n % length of a shuffle of epoch n // length: every patch once an epoch, across processes, and
-# the position in the data is the step alone.
+# Machine: batches, processes, devices, and what a step costs.
 
 
-class Draws:
-    """Batch sampler: for each step from `start`, this process's share of the global batch as (epoch, patch, ratios)."""
-
-    def __init__(self, cfg: Config, patches: Patches, start: int, rank: int, world: int):
-        self.cfg, self.start, self.rank, self.world = cfg, start, rank, world
-        pools = [(first, last) for _, first, last in patches.sources if last > first]
-        self.pools = pools if cfg.balance else [(0, len(patches))]  # balance: the sources take turns
-        self.shuffles = {}
-
-    def patch(self, sample: int) -> tuple[int, int]:
-        """Epoch and patch of sample number `sample` of the run."""
-        pool, turn = sample % len(self.pools), sample // len(self.pools)
-        first, last = self.pools[pool]
-        epoch, place = divmod(turn, last - first)
-        if self.shuffles.get(pool, (None,))[0] != epoch:
-            rng = np.random.default_rng((self.cfg.seed, epoch, pool, 1))  # 1: a stream of its own
-            self.shuffles[pool] = epoch, first + rng.permutation(last - first)
-        return epoch, int(self.shuffles[pool][1][place])
-
-    def __iter__(self):
-        batch, step = self.cfg.batch_size, self.start
-        while self.cfg.minutes or step < self.cfg.iters:
-            ratios = mask_ratios(self.cfg.seed, step, 2 * batch).reshape(batch, 2)
-            slots = range(self.rank, batch, self.world)  # interleaved: each process gets its share of each mask ratio
-            yield [(*self.patch(step * batch + slot), tuple(ratios[slot])) for slot in slots]
-            step += 1
-
-
-class Views(torch.utils.data.Dataset):
-    """(epoch, patch, mask ratios) to a sample: uint8 crops, masks, and the files that could not be read on the way."""
-
-    def __init__(self, cfg: Config, patches: Patches):
-        self.seed, self.patches = cfg.seed, patches
-        self.grid = cfg.global_size // ARCHS[cfg.arch]["patch_size"]
-        self.crop = MultiCrop(cfg.augment, cfg.global_size, cfg.local_size, cfg.local_crops,
-                              (cfg.global_scale, 1.0), (cfg.local_scale, cfg.global_scale))  # fmt: skip
-
-    def __getitem__(self, draw):
-        epoch, index, ratios = draw
-        rng = sample_rng(self.seed, index, epoch)
-        patch, faults = np.full((8, 8, 3), 128, np.uint8), {}  # grey, if nothing at all can be read: train() will stop
-        for _ in range(20):
-            try:
-                patch = self.patches[index]
-                break
-            except BadImage as error:  # another patch takes its place, the same in every repetition of the run
-                faults[error.path] = error.reason
-                index = int(rng.integers(len(self.patches)))
-        global_views, local_views = self.crop(patch, rng)
-        masks = np.stack([block_mask(rng, self.grid, self.grid, ratio).ravel() for ratio in ratios])
-        return global_views, local_views, masks, index, faults
-
-
-def collate(samples: list) -> tuple[Tensor, Tensor, Tensor, list[int], dict]:
-    """Samples to a batch, view after view: [2*B, 3, H, W], [L*B, 3, h, w], masks [2*B, N], patch numbers, faults."""
-    views = [torch.from_numpy(np.stack(part, axis=1)).flatten(0, 1) for part in list(zip(*samples))[:3]]
-    return *views, [s[3] for s in samples], {k: v for s in samples for k, v in s[4].items()}
-
-
-def worker_init(_):
-    """A worker leaves signals to its parent, which finishes its step first, and computes on one core."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    torch.set_num_threads(1)
-
-
-def load(cfg: Config, patches: Patches, start: int, rank: int, world: int, device: torch.device):
-    """This process's batches from step `start` on, see collate; a generator, whose end is that of its workers."""
+def batches_of(cfg: Config, patches: Patches, start: int, rank: int, world: int, device: torch.device):
+    """This process's batches from step `start` on: see augment.load."""
+    crop = MultiCrop(cfg.augment, cfg.global_size, cfg.local_size, cfg.local_crops,
+                     (cfg.global_scale, 1.0), (cfg.local_scale, cfg.global_scale))  # fmt: skip
+    steps = itertools.count(start) if cfg.minutes else range(start, cfg.iters)
+    draws = Draws(patches, steps, cfg.batch_size, cfg.seed, cfg.balance, rank, world)
     workers = cfg.workers if cfg.workers >= 0 else min(cores(), 16) if device.type == "cuda" else 1
-    yield from torch.utils.data.DataLoader(
-        Views(cfg, patches), batch_sampler=Draws(cfg, patches, start, rank, world), collate_fn=collate,
-        num_workers=workers, worker_init_fn=worker_init, pin_memory=device.type == "cuda",
-        prefetch_factor=4 if workers else None)  # fmt: skip
+    grid = cfg.global_size // ARCHS[cfg.arch]["patch_size"]
+    return load(patches, crop, grid, cfg.seed, draws, workers, pin=device.type == "cuda")
 
 
 def normalise(views: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """uint8 crops to the device (a quarter of the bytes of floats), and there to ImageNet's mean 0 and std 1."""
     mean, std = (torch.tensor(v, device=device, dtype=dtype).view(3, 1, 1) for v in (MEAN, STD))
     return (views.to(device, non_blocking=True).to(dtype) / 255 - mean) / std
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Machine: processes, devices, and what a step costs.
 
 
 def cores() -> int:
@@ -1046,7 +947,7 @@ def train(cfg: Config) -> Path:
     faults, bad_in_a_row, waited, began = {}, 0, 0.0, time.monotonic() - elapsed
     since, since_step = time.monotonic(), step
 
-    with interrupts() as caught, contextlib.closing(load(cfg, patches, step, rank, world, device)) as batches:
+    with interrupts() as caught, contextlib.closing(batches_of(cfg, patches, step, rank, world, device)) as batches:
         while (done := elapsed / 60 / cfg.minutes if cfg.minutes else step / cfg.iters) < 1:
             # --- a batch
             waiting = time.monotonic()
