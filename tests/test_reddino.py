@@ -21,6 +21,7 @@ from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import augment
 import reddino
 from eval import load_weights, read_backbone, vit_from_state
 from reddino import DINO, UserError, VisionTransformer, build_vit, configure
@@ -507,7 +508,7 @@ def test_the_teacher_is_the_students_running_average():
 def test_masks_are_blocks_of_about_the_ratio(ratio):
     rng, counts, sides = np.random.default_rng(0), [], []
     for _ in range(400):
-        mask = reddino.block_mask(rng, 16, 16, ratio)
+        mask = augment.block_mask(rng, 16, 16, ratio)
         assert mask.shape == (16, 16) and mask.dtype == bool
         counts.append(mask.sum())
         # patches with a masked neighbour both across and along: those of blocks, not specks
@@ -517,16 +518,16 @@ def test_masks_are_blocks_of_about_the_ratio(ratio):
     assert counts.max() <= int(256 * ratio)
     assert counts.mean() > 0.9 * 256 * ratio
     assert np.mean(sides) > 0.8  # single patches at random: 0.04 at ratio 0.1, 0.28 at 0.5 (both neighbours by chance)
-    assert np.array_equal(reddino.block_mask(np.random.default_rng(7), 16, 16, ratio),
-                          reddino.block_mask(np.random.default_rng(7), 16, 16, ratio))  # fmt: skip
-    assert not np.array_equal(reddino.block_mask(np.random.default_rng(7), 16, 16, ratio),
-                              reddino.block_mask(np.random.default_rng(8), 16, 16, ratio))  # fmt: skip
+    assert np.array_equal(augment.block_mask(np.random.default_rng(7), 16, 16, ratio),
+                          augment.block_mask(np.random.default_rng(7), 16, 16, ratio))  # fmt: skip
+    assert not np.array_equal(augment.block_mask(np.random.default_rng(7), 16, 16, ratio),
+                              augment.block_mask(np.random.default_rng(8), 16, 16, ratio))  # fmt: skip
 
 
 def test_masks_lie_anywhere_and_none_at_ratio_0():
     rng = np.random.default_rng(0)
-    assert not reddino.block_mask(rng, 16, 16, 0.0).any()
-    total = sum(reddino.block_mask(rng, 16, 10, 0.3).astype(float) for _ in range(2000)) / 2000
+    assert not augment.block_mask(rng, 16, 16, 0.0).any()
+    total = sum(augment.block_mask(rng, 16, 10, 0.3).astype(float) for _ in range(2000)) / 2000
     np.testing.assert_allclose(total, total[::-1], atol=0.06)  # upside down and mirrored it is the same
     np.testing.assert_allclose(total, total[:, ::-1], atol=0.06)
     assert total.min() > 0.02
@@ -535,7 +536,7 @@ def test_masks_lie_anywhere_and_none_at_ratio_0():
 def test_first_blocks_have_the_sizes_and_shapes_of_beit():
     rng, areas, aspects = np.random.default_rng(0), [], []
     while len(areas) < 1500:
-        mask = reddino.block_mask(rng, 24, 24, 5 / 576)  # 5 patches: one block and perhaps one more patch or none
+        mask = augment.block_mask(rng, 24, 24, 5 / 576)  # 5 patches: one block and perhaps one more patch or none
         ys, xs = np.nonzero(mask)
         if len(ys):
             h, w = np.ptp(ys) + 1, np.ptp(xs) + 1
@@ -547,15 +548,15 @@ def test_first_blocks_have_the_sizes_and_shapes_of_beit():
 
 @pytest.mark.parametrize("views", [2, 8, 128, 7])
 def test_half_of_the_views_are_masked_their_ratios_spread_evenly(views):
-    drawn = np.stack([reddino.mask_ratios(3, step, views) for step in range(50)])
+    drawn = np.stack([augment.mask_ratios(3, step, views) for step in range(50)])
     n = views // 2
     assert ((drawn > 0).sum(1) == n).all()
     for ratios in drawn:
         bins = (np.sort(ratios[ratios > 0]) - 0.1) / 0.4 * n
         assert (np.floor(bins) == np.arange(n)).all()  # one in each of n equal bins of 0.1 to 0.5
     assert ((drawn > 0).mean(0) > 0.15).all()  # each view has its turn
-    assert np.array_equal(drawn[4], reddino.mask_ratios(3, 4, views))
-    assert views == 2 or not np.array_equal(drawn[4], reddino.mask_ratios(4, 4, views))
+    assert np.array_equal(drawn[4], augment.mask_ratios(3, 4, views))
+    assert views == 2 or not np.array_equal(drawn[4], augment.mask_ratios(4, 4, views))
 
 
 # ------------------------------------------------------------------------------------------- optimiser and schedules
