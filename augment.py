@@ -313,9 +313,10 @@ class MultiCrop:
     augment: "reddino" or "dinov2" (to compare). All randomness comes from rng, a numpy Generator: see sample_rng."""
 
     def __init__(self, augment="reddino", global_size=224, local_size=98, local_crops=1, global_scale=(0.32, 1.0),
-                 local_scale=(0.05, 0.32)):
+                 local_scale=(0.05, 0.32), transforms=4):
         if augment not in ("reddino", "dinov2"):
             raise UserError(f"--augment {augment!r}: it is reddino or dinov2")
+        self.transforms = transforms
         self.dinov2, self.local_shape = augment == "dinov2", (local_crops, 3, local_size, local_size)
         # Of random area and aspect 3/4 to 4/3. Shrunk by averaging, for the others would skip pixels and alias;
         # enlarged bilinearly as the release does, bicubically as DINOv2.
@@ -330,7 +331,7 @@ class MultiCrop:
         views = []
         for v, crop in enumerate(self.crops):  # cropped first, since colour work costs by the pixel
             # RedDino: four different ones of the 32, each with its p. (1.4's SomeOf drew with replacement, ignored p.)
-            view, some = patch, DINOV2[min(v, 2)] if self.dinov2 else python_rng.sample(TRANSFORMS, 4)
+            view, some = patch, DINOV2[min(v, 2)] if self.dinov2 else python_rng.sample(TRANSFORMS, self.transforms)
             for transform in (crop, *some):
                 transform.set_random_state(rng, python_rng)
                 view = transform(image=view)["image"]
