@@ -125,7 +125,7 @@ class Config:
 
 
 PRESETS = {
-    # From scratch, on little data, in minutes. What it took, on drawn smears, to leave ln K and to beat pixels: a strong
+    # From scratch, on little data, in minutes. What it took, on drawn smears, to leave ln K and beat pixels: a strong
     # KoLeo, few prototypes, a fast teacher, views that overlap much, one transform for four. One seed, 500 steps each.
     "nano": dict(prototypes=128, head_hidden=256, head_bottleneck=64, patch_size=64, global_size=64, local_size=32,
                  local_crops=0, global_scale=0.5, transforms=1, koleo=1.0, momentum=0.95, teacher_temp=0.04, iters=1000,
