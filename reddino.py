@@ -116,7 +116,7 @@ class Config:
     dtype: str = opt("auto", "of matrix products; auto: bfloat16 where the GPU has it, else float16; float32 on a CPU",
                      ["auto", "float32", "bfloat16", "float16", "float64"])  # fmt: skip
     compile: bool | None = opt(None, "torch.compile each block; by default on CUDA")
-    checkpoint_activations: bool = opt(False, "recompute blocks in the backward pass: half the memory, 1.3x the time")
+    checkpoint_activations: bool = opt(False, "recompute blocks in the backward pass: less memory, more time")
     save_every: int = opt(500, "steps between checkpoints", low=1)
     log_every: int = opt(10, "steps between lines of the log (metrics.jsonl has every step)", low=1)
     resume: str = opt("auto", "auto: go on from OUT; never: start anew; PATH: go on from that checkpoint")
