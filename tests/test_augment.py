@@ -1,5 +1,4 @@
 """augment.py: files, patches, the 32 transforms against what 1.4's defaults gave, multi-crop, random streams."""
-import importlib
 import math
 import os
 import pickle
@@ -638,7 +637,3 @@ def test_real_smears(corpus):
     assert len(p) == 9 * len(p.files) and not p.skipped  # 640 x 480 each
     global_views, local_views = MultiCrop()(p[len(p) // 2], sample_rng(0, 0, 0))
     assert global_views.std() > 1 and local_views.shape == (1, 3, 98, 98)
-
-
-def test_importable_twice():
-    assert len(importlib.reload(augment).TRANSFORMS) == 32
