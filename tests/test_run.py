@@ -1,0 +1,581 @@
+"""reddino.py, the loop: resume, signals, full disks, bad files, bad numbers, several processes."""
+import errno
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from corpus import bad_corpus, picture
+from PIL import Image
+
+import augment
+import reddino
+from augment import Patches
+from eval import read_backbone, vit_from_state
+from reddino import configure, train
+
+torch.set_num_threads(1)
+SCRIPT = Path(reddino.__file__)
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent)}
+
+
+# nano with 2 layers of 64: what is tested is the loop. matmul_rate is slow, and only for the log's MFU.
+SMALL = """
+import reddino
+reddino.ARCHS["nano"] = dict(embed_dim=64, depth=2, heads=1, patch_size=8)
+reddino.matmul_rate, reddino.cores = lambda *_: 1e12, lambda: 1
+"""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small():
+    before = reddino.ARCHS["nano"], reddino.matmul_rate, reddino.cores
+    exec(SMALL)
+    yield
+    reddino.ARCHS["nano"], reddino.matmul_rate, reddino.cores = before
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Two folders of 96 x 96 pictures, 4 patches of 48 each: 3 and 5 of them, 32 patches, 8 batches of 4 an epoch."""
+    folder = tmp_path_factory.mktemp("images")
+    for name, count in (("a", 3), ("b", 5)):
+        (folder / name).mkdir()
+        for i in range(count):
+            Image.fromarray(picture(96, 96, 10 * count + i)).save(folder / name / f"{i}.png")
+    return folder
+
+
+def options(images, folder, **more):
+    """A run of 10 steps, an epoch and a bit: tens of milliseconds a step."""
+    small = dict(arch="nano", prototypes=32, head_hidden=16, head_bottleneck=8, batch_size=4, global_size=32,
+                 local_size=16, local_crops=1, patch_size=48, iters=10, workers=0, save_every=3, log_every=2,
+                 device="cpu", drop_path=0.2, koleo=0.1)  # fmt: skip
+    return {**small, "data": [str(images / "a"), str(images / "b")], "out": str(folder), **more}
+
+
+def line(given):
+    """Options as a command line."""
+    words = []
+    for name, value in given.items():
+        flag = f"--{name.replace('_', '-')}"
+        words += [flag] if value is True else [flag, *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+def go(images, out, **more):
+    return train(configure(**options(images, out, **more)))
+
+
+def main(capsys, given):
+    """Exit code and error line of a command that must fail in words."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        reddino.main(line(given))
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.startswith("reddino.py: error: ") and said.count("\n") == 1, said
+    return said
+
+
+def metrics(out):
+    return [json.loads(text) for text in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out):
+    """What must be the same in a resumed run, step by step; each step must be there once."""
+    steps = metrics(out)
+    assert [s["step"] for s in steps] == list(range(len(steps)))
+    return [{k: s[k] for k in ("loss", "dino", "ibot", "koleo", "lr") if k in s} for s in steps]
+
+
+def checkpoint(out, name="checkpoint.pth"):
+    saved = torch.load(Path(out) / name, weights_only=True)
+    return saved | {"networks": [saved[part] for part in ("student", "teacher", "centers")]}
+
+
+def assert_same(a, b):
+    """Two nests of dicts, lists and tensors are equal to the last bit."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for k in a:
+            assert_same(a[k], b[k])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+def assert_same_run(a, b):
+    assert losses(a) == losses(b)
+    a, b = checkpoint(a), checkpoint(b)
+    for part in ("student", "teacher", "centers", "optimizer", "step", "skipped"):
+        assert_same(a[part], b[part])
+
+
+def each_step(monkeypatch, act):
+    """act(n, model, losses) after the n-th forward pass from now on; what it returns are the losses."""
+    forward, count = reddino.DINO.forward, iter(range(10**6))
+
+    def wrapped(self, *args, **kwargs):
+        found = forward(self, *args, **kwargs)
+        return act(next(count), self, found) or found
+
+    monkeypatch.setattr(reddino.DINO, "forward", wrapped)
+    return lambda: monkeypatch.setattr(reddino.DINO, "forward", forward)
+
+
+def cut(monkeypatch, at, images, out, which=signal.SIGTERM, **more):
+    """Run until a signal arrives in the middle of its step number `at`."""
+    undo = each_step(monkeypatch, lambda n, *_: os.kill(os.getpid(), which) if n == at else None)
+    with pytest.raises(SystemExit) as stop:
+        go(images, out, **more)
+    undo()
+    assert stop.value.code == 128 + which
+
+
+@pytest.fixture(scope="module")
+def whole(images, tmp_path_factory):
+    """The uninterrupted run that others are compared with."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    go(images, out)
+    return out
+
+
+# ------------------------------------------------------------------------------------------- a run, and going on
+
+def test_a_run_writes_what_it_says(whole):
+    steps = metrics(whole)
+    assert len(steps) == 10 and all(math.isfinite(s["loss"]) for s in steps)
+    assert all(s["loss"] == pytest.approx(s["dino"] + s["ibot"] + s["koleo"], rel=1e-5) for s in steps)
+    assert checkpoint(whole)["step"] == 10 and checkpoint(whole, "previous.pth")["step"] == 9
+    state = torch.load(whole / "backbone.pth", weights_only=True)
+    assert_same(dict(state), read_backbone(str(whole / "checkpoint.pth")))
+    other = timm.models.VisionTransformer(32, 8, embed_dim=64, depth=2, num_heads=1, init_values=1.0, num_classes=0)
+    missing, unexpected = other.load_state_dict(state, strict=False)
+    assert missing == [] and unexpected == ["mask_token"]
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = other.eval().forward_features(x)[:, 0]
+        torch.testing.assert_close(vit_from_state(state)(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("centering", ["sinkhorn-knopp", "moving-average"])
+def test_a_resumed_run_is_the_uninterrupted_one(centering, images, whole, tmp_path, monkeypatch, capsys):
+    if centering == "moving-average":
+        whole = tmp_path / "whole"
+        go(images, whole, centering=centering)
+    out, more = tmp_path / "out", dict(centering=centering)
+    cut(monkeypatch, 1, images, out, workers=2, **more)
+    assert checkpoint(out)["step"] == 2 and len(metrics(out)) == 2  # the step in hand was ended and counts
+    cut(monkeypatch, 5, images, out, signal.SIGINT, workers=1, log_every=3, save_every=100, **more)
+    assert checkpoint(out)["step"] == 8  # just where an epoch ends
+    capsys.readouterr()
+    go(images, out, **more)
+    assert "at step 8" in capsys.readouterr().out
+    assert_same_run(out, whole)
+    go(images, out, **{**more, "iters": 10})  # a finished run stays as it is
+    assert_same_run(out, whole)
+
+
+def test_killed_at_any_moment(images, tmp_path):
+    """A real process: SIGTERM once, then kill -9 three times, wherever it happens to be."""
+    given = options(images, tmp_path / "out", iters=60, save_every=1, log_every=1, workers=1)
+    command = [sys.executable, "-c", SMALL + "reddino.main()", *line(given)]
+    chance = random.Random(0)
+    for which in (signal.SIGTERM, signal.SIGKILL, signal.SIGKILL, signal.SIGKILL):
+        before = len(metrics(tmp_path / "out")) if (tmp_path / "out/metrics.jsonl").exists() else 0
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        with subprocess.Popen(command, env=ENVIRONMENT, **pipes) as run:
+            seen = 0
+            for text in run.stdout:
+                seen += text.startswith("step ")
+                if seen == 4:
+                    break
+            time.sleep(0.2 * chance.random())
+            run.send_signal(which)
+            run.stdout.read()
+        assert run.returncode == (143 if which == signal.SIGTERM else -9)
+        assert checkpoint(tmp_path / "out")["step"] >= before + 3  # the newest is whole, and each round has got on
+    go(images, tmp_path / "out", iters=60, save_every=100)
+    go(images, tmp_path / "whole", iters=60, save_every=100)
+    assert_same_run(tmp_path / "out", tmp_path / "whole")
+
+
+def test_an_unreadable_checkpoint(images, whole, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    cut(monkeypatch, 6, images, out)  # checkpoints of steps 7 and 6
+    newest, older = out / "checkpoint.pth", out / "previous.pth"
+    newest.write_bytes(newest.read_bytes()[:-2000])
+    capsys.readouterr()
+    go(images, out, iters=10)
+    said = capsys.readouterr().out
+    assert "checkpoint.pth" in said and "previous.pth at step 6" in said
+    assert_same_run(out, whole)
+    newest.write_bytes(b""), older.write_bytes(b"no checkpoint")
+    said = main(capsys, options(images, out))
+    assert "checkpoint.pth" in said and "previous.pth" in said and newest.read_bytes() == b""
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(images, whole, tmp_path, monkeypatch, capsys):
+    save, count = torch.save, iter(range(100))
+
+    def full(state, file):
+        if next(count) == 1:
+            file.write(b"half of it")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(state, file)
+
+    monkeypatch.setattr(torch, "save", full)
+    assert "No space left" in main(capsys, options(images, tmp_path / "out"))
+    assert checkpoint(tmp_path / "out")["step"] == 3
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["checkpoint.pth", "metrics.jsonl"]
+    monkeypatch.setattr(torch, "save", save)
+    go(images, tmp_path / "out")
+    assert_same_run(tmp_path / "out", whole)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_really_full_disk(tmp_path):
+    reddino.write_aside(tmp_path / "weights.pth", {"a": torch.ones(3)})
+    (tmp_path / "weights.pth.new").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"weights\.pth"):
+        reddino.write_aside(tmp_path / "weights.pth", {"a": torch.zeros(300_000)})
+    assert torch.load(tmp_path / "weights.pth", weights_only=True)["a"].sum() == 3
+    assert os.path.exists("/dev/full") and not os.path.lexists(tmp_path / "weights.pth.new")
+
+
+def test_resume_never(images, tmp_path, capsys):
+    out = tmp_path / "out"
+    go(images, out, iters=2)
+    before = checkpoint(out)
+    assert "--overwrite" in main(capsys, options(images, out, iters=2, resume="never"))
+    typo = dict(data=[str(images / "c")], resume="never", overwrite=True)
+    assert "c" in main(capsys, options(images, out, **typo))
+    assert_same(checkpoint(out), before)  # a slip of the pen does not cost the run
+    go(images, out, iters=3, seed=1, resume="never", overwrite=True)
+    assert checkpoint(out)["step"] == 3 and len(losses(out)) == 3
+    go(images, tmp_path / "new", iters=3, seed=1, resume="never")
+    assert_same_run(out, tmp_path / "new")
+
+
+def test_options_that_make_another_run_are_named(images, tmp_path, capsys):
+    out = tmp_path / "out"
+    go(images, out, iters=2)
+    said = main(capsys, options(images, out, prototypes=33, seed=5, data=[str(images / "a")]))
+    assert "--prototypes was 32" in said and "--seed was 0" in said and "--data" in said
+    go(images, out, iters=4, workers=1, log_every=1, save_every=2)
+    assert checkpoint(out)["step"] == 4
+
+
+def test_resume_from_a_path(images, whole, tmp_path, capsys):
+    go(images, tmp_path / "out", resume=str(whole / "previous.pth"))
+    assert_same(checkpoint(tmp_path / "out")["teacher"], checkpoint(whole)["teacher"])
+    assert "no such file" in main(capsys, options(images, tmp_path / "x", resume=str(tmp_path / "none.pth")))
+    assert "--init" in main(capsys, options(images, tmp_path / "y", resume=str(whole / "backbone.pth")))
+
+
+# ------------------------------------------------------------------------------------------- numbers gone wrong
+
+def plant(kind, losses, model):
+    if kind == "loss":
+        return losses | {"dino": losses["dino"] * math.nan}
+    weight = model.student["backbone"].norm.weight  # 0 forward, not a number backward
+    return losses | {"dino": losses["dino"] + (weight.sum() * 0).sqrt()}
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_is_skipped(kind, images, tmp_path, monkeypatch, capsys):
+    seen = []
+
+    def act(n, model, losses):
+        seen.append([p.detach().clone() for p in [*model.parameters(), *model.buffers()]])
+        return plant(kind, losses, model) if n in (2, 3, 5) else losses
+
+    each_step(monkeypatch, act)
+    go(images, tmp_path, iters=8, centering="moving-average")
+    assert len(seen) == 8
+    for n in range(7):
+        moved = not all(map(torch.equal, seen[n], seen[n + 1]))
+        assert moved == (n not in (2, 3, 5))
+    assert all(torch.isfinite(t).all() for t in seen[-1])
+    assert [s["step"] for s in metrics(tmp_path) if s["skipped"]] == [2, 3, 5]
+    said = [text for text in capsys.readouterr().out.splitlines() if "not finite" in text]
+    assert len(said) == 3 and all(".png" in text for text in said)
+    read = {Path(p).name for text in said for p in text.split("files: ")[1].replace("'", "").split(", ")}
+    assert read <= {f"{i}.png" for i in range(5)}
+
+
+def test_three_in_a_row_stop_the_run(images, tmp_path, monkeypatch, capsys):
+    undo = each_step(monkeypatch, lambda n, model, losses: plant("loss", losses, model) if n >= 4 else losses)
+    assert "three" in main(capsys, options(images, tmp_path))
+    saved = checkpoint(tmp_path)
+    assert saved["step"] in (3, 6)
+    assert all(torch.isfinite(t).all() for net in ("student", "teacher") for t in saved[net].values())
+    undo()
+    go(images, tmp_path)  # and it goes on from there
+    assert len(losses(tmp_path)) == 10
+
+
+# ------------------------------------------------------------------------------------------- bad data
+
+def listed(out):
+    return Counter(text.split("': ")[0].split('": ')[0][1:] for text in (out / "skipped.txt").read_text().splitlines())
+
+
+def test_a_folder_full_of_trouble(tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    good, bad = bad_corpus(tmp_path / "data")
+    steps = math.ceil((len(good) + len(bad)) / 8)  # at least an epoch
+    go(tmp_path, tmp_path / "out", data=[str(tmp_path / "data")], patch_size=0, batch_size=8, iters=steps, workers=1)
+    assert listed(tmp_path / "out") == Counter(repr(path)[1:-1] for path in bad)
+    assert len(losses(tmp_path / "out")) == steps
+    said = capsys.readouterr().out
+    assert all(said.count(repr(path)) <= 1 for path in bad) and str(len(bad)) in said
+
+
+def test_more_broken_than_whole(tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    for i in range(9):
+        path = tmp_path / "data" / f"{i}.jpg"
+        Image.fromarray(picture(64, 64, i)).save(path)
+        if i > 2:  # the header is whole: it shows when they are decoded
+            path.write_bytes(path.read_bytes()[:-200])
+    given = options(tmp_path, tmp_path / "out", data=[str(tmp_path / "data")], patch_size=0, log_every=1)
+    assert "more than half" in main(capsys, given)
+    for i in range(9):
+        (tmp_path / "data" / f"{i}.jpg").write_bytes(b"<html>")
+    assert "can't be read" in main(capsys, {**given, "out": str(tmp_path / "new")})
+
+
+def test_files_that_disappear(images, tmp_path, monkeypatch):
+    for i in range(8):
+        Image.fromarray(picture(48, 48, i)).save(tmp_path / f"{i}.png")
+    out, gone = tmp_path / "out", [tmp_path / "2.png", tmp_path / "6.png"]
+    each_step(monkeypatch, lambda n, *_: [p.unlink() for p in gone] and None if n == 1 else None)
+    given = dict(data=[str(tmp_path)], iters=9, save_every=4, log_every=3)
+    go(images, out, **given)
+    assert listed(out) == Counter(map(str, gone)) and len(losses(out)) == 9
+    Image.fromarray(picture(48, 48, 3)).save(gone[0])  # one comes back; what was listed stays listed, once
+    (tmp_path / "4.png").unlink()
+    (tmp_path / "4.png").symlink_to(tmp_path / "nowhere")
+    go(images, out, **{**given, "iters": 15})
+    assert {str(gone[0]), str(gone[1])} <= set(listed(out)) and max(listed(out).values()) == 1
+
+
+def test_before_any_work(images, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    cases = [
+        (dict(batch_size=33), "33"),
+        (dict(out=str(tmp_path / "file")), "file"),
+        (dict(out=str(tmp_path / "file" / "within")), "within"),
+        (dict(data=[str(images / "nowhere")]), "nowhere"),
+        (dict(data=[str(images / "a"), str(images / "a")]), "twice"),
+        (dict(init=str(tmp_path / "none.pth")), "none.pth"),
+        (dict(global_size=33), "33"),
+    ]
+    if not torch.cuda.is_available():
+        cases.append((dict(device="cuda"), "cuda"))
+    for change, word in cases:
+        given = options(images, tmp_path / "out", **change)
+        assert word in main(capsys, given)
+        assert not (tmp_path / "out/metrics.jsonl").exists()
+    (tmp_path / "empty").mkdir()
+    assert "empty" in main(capsys, options(images, tmp_path / "out", data=[str(tmp_path / "empty")]))
+
+
+def test_init_of_another_architecture(images, tmp_path, capsys):
+    torch.save(reddino.build_vit("vits14", depth=1).state_dict(), tmp_path / "vits14.pth")
+    assert "another architecture" in main(capsys, options(images, tmp_path / "out", init=str(tmp_path / "vits14.pth")))
+    torch.save(reddino.build_vit("nano", 64).state_dict(), tmp_path / "nano.pth")
+    go(images, tmp_path / "out", init=str(tmp_path / "nano.pth"), iters=1, lr=0.0, min_lr=0.0, patch_embed_lr=0.0)
+    start = torch.load(tmp_path / "nano.pth", weights_only=True)
+    saved = checkpoint(tmp_path / "out")
+    for net in (saved["student"], saved["teacher"]):
+        assert torch.equal(net["backbone.blocks.1.mlp.fc1.weight"], start["blocks.1.mlp.fc1.weight"])
+        assert net["backbone.pos_embed"].shape == (1, 17, 64)
+
+
+# ------------------------------------------------------------------------------------------- who reads what
+
+def drawn(images, world, start=0, **more):
+    """[step][rank] -> list of (epoch, patch, ratios)."""
+    cfg = configure(**options(images, "out", **more))
+    patches = Patches(cfg.data, cfg.patch_size)
+    given = patches, range(start, cfg.iters), cfg.batch_size, cfg.seed, cfg.balance
+    return patches, list(zip(*(augment.Draws(*given, rank, world) for rank in range(world))))
+
+
+def test_each_patch_once_an_epoch_across_processes(images):
+    patches, steps = drawn(images, 2, batch_size=6, iters=16)  # 96 draws: three epochs of 32, which 6 does not divide
+    draws = [draw for step in steps for rank in step for draw in rank]
+    assert Counter(draw[:2] for draw in draws) == Counter((e, p) for e in range(3) for p in range(len(patches)))
+    assert all(len(rank) == 3 for step in steps for rank in step)
+    for world in (1, 3):  # the batch is the same however it is shared
+        for a, b in zip(steps, drawn(images, world, batch_size=6, iters=16)[1]):
+            assert sorted(x for rank in a for x in rank) == sorted(x for rank in b for x in rank)
+    assert steps[5:] == drawn(images, 2, start=5, batch_size=6, iters=16)[1]
+    orders = [[p for step in steps for rank in step for e, p, _ in rank if e == epoch] for epoch in range(3)]
+    assert orders[0] != orders[1] != orders[2]
+    assert steps != drawn(images, 2, batch_size=6, iters=16, seed=1)[1]
+
+
+def test_balance_draws_from_the_folders_evenly(images):
+    _, steps = drawn(images, 1, batch_size=4, iters=30, balance=True)  # 60 from each: 12 and 20 patches
+    counts = Counter(p for (rank,) in steps for _, p, _ in rank)
+    assert {counts[p] for p in range(12)} == {5} and {counts[p] for p in range(12, 32)} == {3}
+    assert all(sum(p < 12 for _, p, _ in rank) == 2 for (rank,) in steps)
+
+
+def test_masks_are_drawn_by_sample(images):
+    cfg = configure(**options(images, "out", batch_size=8))
+    crop = augment.MultiCrop(global_size=32, local_size=16)
+    views = augment.Views(Patches(cfg.data, cfg.patch_size), crop, 4, cfg.seed)
+    draw = next(iter(augment.Draws(views.patches, range(1), cfg.batch_size, cfg.seed)))
+    batch, again = (augment.collate([views[d] for d in draw]) for _ in range(2))
+    assert_same(list(batch[:3]), list(again[:3]))
+    assert batch[0].shape == (16, 3, 32, 32) and batch[1].shape == (8, 3, 16, 16) and batch[2].shape == (16, 16)
+    assert batch[0].dtype == torch.uint8 and sum(batch[2].any(1)) <= 8 and batch[2].any()
+    assert torch.equal(batch[0][[2, 10]], torch.from_numpy(views[draw[2]][0]))  # view after view
+
+
+# ------------------------------------------------------------------------------------------- several processes
+
+DRIVER = '''
+"""Runs each config of a JSON file in turn, as one of torchrun's processes; prints how each ended."""
+import json, os, signal, sys
+import torch, torch.distributed as dist
+from reddino import DINO
+
+rank, forward = int(os.environ["RANK"]), DINO.forward
+for job in json.load(open(sys.argv[1])):
+    steps = iter(range(10**6))
+    def act(self, *args, job=job, steps=steps):
+        n = next(steps)
+        if rank == 1 and n == job.get("fail"):
+            raise RuntimeError("planted in process 1")
+        if rank == 1 and n == job.get("stop"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        losses = forward(self, *args)
+        return losses | {"dino": losses["dino"] * float("nan")} if rank == 1 and n == job.get("nan") else losses
+    DINO.forward = act
+    try:
+        reddino.train(reddino.configure(**job["options"]))
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    print(f"rank {rank} job {job['name']} code {code} after {next(steps)}", flush=True)
+logits = torch.load(sys.argv[2], weights_only=True)
+mine = logits[:3] if rank == 0 else logits[3:]
+empty = logits if rank == 0 else logits[:0]  # a process may hold no row at all
+center = reddino.MovingAverage(logits.shape[1]).double()
+center(mine, 0.1), center.update()
+torch.save({"uneven": reddino.sinkhorn_knopp(mine, 0.05), "one has none": reddino.sinkhorn_knopp(empty, 0.05),
+            "center": center.center}, sys.argv[2] + str(rank))
+dist.destroy_process_group()
+'''
+
+
+def torchrun(tmp_path, jobs, logits=None):
+    (tmp_path / "driver.py").write_text(SMALL + DRIVER)
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    torch.save(torch.zeros(4, 2) if logits is None else logits, tmp_path / "logits.pt")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "driver.py",
+               "jobs.json", str(tmp_path / "logits.pt")]  # fmt: skip
+    return subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=180)
+
+
+@pytest.fixture(scope="module")
+def two(images, tmp_path_factory):
+    """What two processes made: 20 steps in both centerings, one of them stopped by a signal to one process, resumed."""
+    folder = tmp_path_factory.mktemp("two")
+    exact = dict(iters=20, dtype="float64", drop_path=0.0, log_every=7, save_every=50)
+    runs = {"sinkhorn": dict(exact, koleo=0.0),
+            "moving": dict(exact, centering="moving-average", koleo=0.1, local_crops=0)}  # fmt: skip
+    jobs = [{"name": name, "options": options(images, folder / name, **more)} for name, more in runs.items()]
+    short = options(images, folder / "short", iters=9, save_every=3)
+    jobs += [{"name": "stopped", "options": short, "stop": 4}, {"name": "resumed", "options": short},
+             {"name": "uncut", "options": {**short, "out": str(folder / "uncut")}},
+             {"name": "nan", "options": options(images, folder / "nan", iters=4), "nan": 2}]  # fmt: skip
+    logits = torch.randn(10, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    run = torchrun(folder, jobs, logits)
+    assert run.returncode == 0, run.stderr[-3000:]
+    for name, more in runs.items():
+        go(images, folder / f"{name} alone", **more)
+    return folder, run.stdout, logits
+
+
+@pytest.mark.parametrize("name", ["sinkhorn", "moving"])
+def test_two_processes_are_one(name, two):
+    folder, _, _ = two
+    together, alone = losses(folder / name), losses(folder / f"{name} alone")
+    assert len(together) == len(alone) == 20 and ("koleo" in alone[0]) == (name == "moving")
+    for step, (a, b) in enumerate(zip(together, alone)):
+        assert a == pytest.approx(b, rel=1e-9), step
+    assert alone[-1]["loss"] != pytest.approx(alone[5]["loss"], rel=1e-4)  # it did learn meanwhile
+    a, b = checkpoint(folder / name), checkpoint(folder / f"{name} alone")
+    for net in ("student", "teacher", "centers"):
+        for key in a[net]:
+            torch.testing.assert_close(a[net][key], b[net][key], rtol=1e-6, atol=1e-8)
+
+
+def test_targets_over_processes_with_unequal_rows(two):
+    folder, _, logits = two
+    parts = [torch.load(folder / f"logits.pt{rank}", weights_only=True) for rank in range(2)]
+    whole = reddino.sinkhorn_knopp(logits, 0.05)
+    assert [len(p["uneven"]) for p in parts] == [3, 7] and [len(p["one has none"]) for p in parts] == [10, 0]
+    torch.testing.assert_close(torch.cat([p["uneven"] for p in parts]), whole, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(parts[0]["one has none"], whole, rtol=1e-12, atol=1e-14)
+    for part in parts:  # the mean over rows: that over processes would weigh three rows as much as seven
+        torch.testing.assert_close(part["center"][0], 0.1 * logits.mean(0))
+
+
+def test_a_signal_to_one_process_stops_all_at_one_step_and_the_run_goes_on(two):
+    folder, said, _ = two
+    for rank in range(2):
+        assert f"rank {rank} job stopped code 143 after 5" in said and f"rank {rank} job resumed code 0 after 4" in said
+    assert_same_run(folder / "short", folder / "uncut")
+
+
+def test_a_bad_number_in_one_process_skips_the_step_in_all(two, images):
+    folder, said, _ = two
+    assert [s["skipped"] for s in metrics(folder / "nan")] == [False, False, True, False]
+    patches, steps = drawn(images, 2, iters=4)
+    wanted = {patches.file_of(p) for rank in steps[2] for _, p, _ in rank}
+    (text,) = [text for text in said.splitlines() if "not finite" in text]
+    assert all(repr(path) in text for path in wanted)  # those of the process whose number it was, too
+
+
+def test_resuming_on_another_number_of_processes_says_so(two, images, capsys):
+    folder, _, _ = two
+    go(images, folder / "short", iters=11)
+    said = capsys.readouterr().out
+    assert "process" in said.split("step 10/11")[0].replace("processes that", "") and "bit" in said
+    assert len(losses(folder / "short")) == 11
+    go(images, folder / "short", iters=12)  # from here on it is one process's run
+
+
+def test_one_processs_failure_ends_all(images, tmp_path):
+    start = time.monotonic()
+    given = options(images, tmp_path / "out", iters=10_000)
+    run = torchrun(tmp_path, [{"name": "failing", "options": given, "fail": 2}])
+    assert run.returncode != 0 and time.monotonic() - start < 60
+    assert "planted in process 1" in run.stderr
+
+
+def test_a_batch_that_the_processes_can_t_share(images, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setattr(reddino, "start_processes", lambda *_: (0, 3))
+    assert "3 processes" in main(capsys, options(images, tmp_path))
