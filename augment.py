@@ -146,13 +146,17 @@ class Patches:
     def __len__(self):
         return int(self.ends[-1])
 
-    def file_of(self, i):
+    def file_number(self, i):
         if not 0 <= i < len(self):
             raise IndexError(f"patch {i} of {len(self)}")
-        return self.files[np.searchsorted(self.ends, i, side="right")]
+        return np.searchsorted(self.ends, i, side="right")
+
+    def file_of(self, i):
+        return self.files[self.file_number(i)]
 
     def __getitem__(self, i):
-        path, f = self.file_of(i), np.searchsorted(self.ends, i, side="right")
+        f = self.file_number(i)
+        path = self.files[f]
         image, size = read_image(path, writable=False), self.patch_size or MAX_PIXELS
         if image.shape[:2] != tuple(self.sizes[f]):
             raise BadImage(path, "its size has changed since the run began")
