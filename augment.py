@@ -31,10 +31,8 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, RGB in 0
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 MAX_PIXELS = 40_000_000  # 6,324 x 6,324; reading one takes up to 0.9 GiB (WebP with transparency that EXIF turns)
 
-
 class UserError(Exception):
     """What the user can put right: main() prints it as one line and exits with code 2."""
-
 
 class BadImage(Exception):
     """A file that gives no pixels: .path, and .reason in one line. Training lists it once and goes on."""
@@ -46,7 +44,6 @@ class BadImage(Exception):
     def __str__(self):
         return f"{self.path!r}: {self.reason}"  # !r: names with newlines or broken UTF-8 print on one line too
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Files. Whatever a folder collected over years holds ends as RGB pixels or as one BadImage, never as a surprise.
 
@@ -57,7 +54,6 @@ def find_images(folder):
 
     return sorted(os.path.join(here, name) for here, _, names in os.walk(folder, onerror=unlistable) for name in names
                   if name.lower().endswith(EXTENSIONS) and not name.startswith("."))
-
 
 def _to_rgb(im):
     """A PIL image of any mode -> RGB."""
@@ -72,7 +68,6 @@ def _to_rgb(im):
         im = im.convert("RGBA")  # onto white: what a bright field shows where there is nothing
         im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
     return im if im.mode == "RGB" else im.convert("RGB")  # CMYK too: PIL knows that Adobe's JPEGs hold it inverted
-
 
 def read_image(path, header_only=False, writable=True):
     """A file's pixels, RGB uint8 [H, W, 3], upright by its EXIF, first frame or page. Raises BadImage, nothing else.
@@ -99,19 +94,17 @@ def read_image(path, header_only=False, writable=True):
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     raise BadImage(path, reason)
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Patches. RedDino: patches cut from whole smears beat segmented cells, so an image counts as its 224 x 224 windows.
 # A bare grid drops 35% of a 640 x 480 smear; windows spread evenly from edge to edge (3 x 3, overlapping by 16 and 96
 # pixels) keep all of it. Every read decodes the whole file: 2.4 ms for a 640 x 480 JPEG, a third of what its views take
-# (but ten times that for 5 megapixels). Keeping the last image decoded would not help: order is random, so that among
-# n files it is the right one once in n reads.
+# at 224 pixels, twice what nano's take. So data that fit into KEEP bytes are decoded once and kept.
+KEEP = 600e6  # decoded, in each loading process: 650 smears of 640 x 480
 
 def window_starts(length, patch_size):
     """Where the fewest windows begin that cover 0..length, evenly spaced; one (the whole) if patch_size is 0."""
     n = math.ceil(length / patch_size) if patch_size else 1
     return [round(k * (length - patch_size) / (n - 1)) for k in range(n)] if n > 1 else [0]
-
 
 class Patches:
     """Folders of images as one list of patches: p[i] -> RGB uint8 [h, w, 3], h and w at most patch_size (0: any), or
@@ -142,6 +135,7 @@ class Patches:
             raise UserError(f"{len(self.skipped)} of {len(self.skipped) + len(self.files)} images can't be read; the "
                             f"first is {BadImage(*next(iter(self.skipped.items())))}")
         self.sizes, self.ends = np.array(self.sizes), np.array(ends[1:])  # arrays: a forked worker copies none of them
+        self.kept = {} if 3 * self.sizes.prod(1).sum() <= KEEP else None
 
     def __len__(self):
         return int(self.ends[-1])
@@ -155,15 +149,17 @@ class Patches:
         return self.files[self.file_number(i)]
 
     def __getitem__(self, i):
-        f = self.file_number(i)
-        path = self.files[f]
-        image, size = read_image(path, writable=False), self.patch_size or MAX_PIXELS
-        if image.shape[:2] != tuple(self.sizes[f]):
-            raise BadImage(path, "its size has changed since the run began")
+        f, size = self.file_number(i), self.patch_size or MAX_PIXELS
+        image = self.kept.get(f) if self.kept is not None else None
+        if image is None:
+            image = read_image(self.files[f], writable=False)
+            if image.shape[:2] != tuple(self.sizes[f]):
+                raise BadImage(self.files[f], "its size has changed since the run began")
+            if self.kept is not None:
+                self.kept[f] = image
         ys, xs = (window_starts(side, self.patch_size) for side in image.shape[:2])
         y, x = divmod(int(i - self.ends[f]) + len(ys) * len(xs), len(xs))
         return image[ys[y]:ys[y] + size, xs[x]:xs[x] + size].copy()
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # RedDino: 32 pixel transforms where DINOv2 has four. Its release switches on 33 of Albumentations' by name, at the
@@ -177,7 +173,6 @@ class FancyPCA(A.FancyPCA):  # 7.7 -> 0.5 ms; 2.0.8 stretches colours along the 
         variances, axes = np.linalg.eigh(np.cov(img.reshape(-1, 3)[::7] / 255, rowvar=False))  # every 7th pixel will do
         return cv2.add(img, (*np.rint(255 * axes @ (alpha_vector * variances)), 0))
 
-
 class GlassBlur(A.GlassBlur):  # 13.8 -> 0.8 ms; each pixel comes from a random walk of `iterations` steps away
     def get_params_dependent_on_data(self, params, data):
         shape = (self.iterations, 2, *params["shape"][:2])
@@ -189,7 +184,6 @@ class GlassBlur(A.GlassBlur):  # 13.8 -> 0.8 ms; each pixel comes from a random 
         img = cv2.remap(img, cv2.merge(source[::-1]), None, cv2.INTER_NEAREST, borderMode=cv2.BORDER_REFLECT_101)
         return cv2.GaussianBlur(img, (0, 0), self.sigma)
 
-
 class ISONoise(A.ISONoise):  # 3.2 -> 1.5 ms; 2.0.8 lost factors of 255 and 360: no hue noise, sparse specks for grain
     def apply(self, img, color_shift, intensity, random_seed, **params):
         hue, lightness, saturation = cv2.split(cv2.cvtColor(img / np.float32(255), cv2.COLOR_RGB2HLS))
@@ -198,7 +192,6 @@ class ISONoise(A.ISONoise):  # 3.2 -> 1.5 ms; 2.0.8 lost factors of 255 and 360:
         photons = 255 * intensity * float(lightness.std())  # 1.4 draws Poisson numbers of this mean; near normal
         lightness += np.maximum(grain * math.sqrt(photons) + photons, 0) * (1 - lightness) / 255
         return cv2.convertScaleAbs(cv2.cvtColor(cv2.merge((hue, lightness, saturation)), cv2.COLOR_HLS2RGB), alpha=255)
-
 
 class RandomRain(A.RandomRain):  # 1.4 blurs and darkens all of the image, 2.0.8 blurs the drops alone
     def get_params_dependent_on_data(self, params, data):
@@ -211,7 +204,6 @@ class RandomRain(A.RandomRain):  # 1.4 blurs and darkens all of the image, 2.0.8
         img = cv2.polylines(img.copy(), drops, False, self.drop_color, self.drop_width)
         return cv2.convertScaleAbs(cv2.blur(img, (self.blur_value,) * 2), alpha=self.brightness_coefficient)
 
-
 class RandomShadow(A.RandomShadow):  # 1.4 halves HLS lightness, which keeps the saturation; 2.0.8 halves RGB
     def apply(self, img, vertices_list, **params):
         mask, hls = np.zeros(img.shape[:2], np.uint8), cv2.cvtColor(img, cv2.COLOR_RGB2HLS)
@@ -219,7 +211,6 @@ class RandomShadow(A.RandomShadow):  # 1.4 halves HLS lightness, which keeps the
             cv2.fillPoly(mask, [corners.astype(np.int32)], 1)
         hls[..., 1] >>= mask
         return cv2.cvtColor(hls, cv2.COLOR_HLS2RGB)
-
 
 class RandomSunFlare(A.RandomSunFlare):  # 7.3 -> 0.9 ms; 2.0.8 dims the flare, in 1.4 its middle is pure white
     def apply(self, img, flare_center, circles, **params):
@@ -235,7 +226,6 @@ class RandomSunFlare(A.RandomSunFlare):  # 7.3 -> 0.9 ms; 2.0.8 dims the flare, 
         d = np.sqrt((x - flare_center[0]) ** 2 + (y - flare_center[1]) ** 2, dtype=np.float32).round().astype(np.int32)
         passed = passed[np.searchsorted(radii, np.arange(d.max() + 1))].astype(np.float32)
         return (255 - (255 - img) * passed[d][..., None]).astype(np.uint8)
-
 
 P = 0.85  # of each transform drawn, and of each flip (release)
 GROUPS = {
@@ -302,7 +292,6 @@ DINOV2 = [[
     A.Solarize(threshold_range=(128 / 255, 128 / 255), p=solarize),
 ] for blur, solarize in ((1.0, 0), (0.1, 0.2), (0.5, 0))]
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Views. DINOv2's multi-crop: two global views for teacher and student, local ones for the student alone, who must
 # tell from a twentieth to a third of the patch what the whole looks like.
@@ -310,7 +299,6 @@ DINOV2 = [[
 def sample_rng(seed, index, epoch):
     """The random stream of a sample: a function of these three alone, whichever worker or process draws from it."""
     return np.random.default_rng((seed, index, epoch))
-
 
 class MultiCrop:
     """mc(patch, rng): RGB uint8 [h, w, 3] of any size -> 2 global uint8 [2, 3, G, G], L local views [L, 3, l, l].
@@ -346,7 +334,6 @@ class MultiCrop:
             views.append(np.ascontiguousarray(view.transpose(2, 0, 1)))  # [3, size, size]
         return np.stack(views[:2]), np.array(views[2:], np.uint8).reshape(self.local_shape)
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Batches. Sample n of a run is number n % length of a shuffle of epoch n // length: each patch once an epoch, across
 # all processes, and the place in the data is the step alone. Masks hide half of the global views in part from the
@@ -359,7 +346,6 @@ def mask_ratios(seed: int, step: int, views: int) -> np.ndarray:
     ratios, masked = np.zeros(views), views // 2
     ratios[rng.permutation(views)[:masked]] = 0.1 + 0.4 * (np.arange(masked) + rng.random(masked)) / max(masked, 1)
     return ratios
-
 
 def block_mask(rng: np.random.Generator, height: int, width: int, ratio: float) -> np.ndarray:
     """bool [height, width] with about ratio*height*width patches set, in rectangles (BEiT, Bao et al. 2021): single
@@ -380,7 +366,6 @@ def block_mask(rng: np.random.Generator, height: int, width: int, ratio: float) 
                 block[:] = True
                 left, misses = left - new, 0
     return mask
-
 
 class Draws:
     """Batch sampler: for each of `steps`, this process's share of a batch of `batch` as (epoch, patch, mask ratios)."""
@@ -406,7 +391,6 @@ class Draws:
             yield [(*self.draw(step * self.batch + slot), tuple(ratios[slot]))
                    for slot in range(self.rank, self.batch, self.world)]
 
-
 class Views:
     """views[epoch, patch, mask ratios]: crops as MultiCrop's, bool masks [2, grid * grid], number of the patch, and
     {path: reason} of the files that could not be read on the way."""
@@ -429,13 +413,11 @@ class Views:
         masks = np.stack([block_mask(rng, self.grid, self.grid, ratio).ravel() for ratio in ratios])
         return *views, masks, index, faults
 
-
 def collate(samples):
     """Samples to a batch, view after view: [2*B, 3, H, W], [L*B, 3, h, w], masks [2*B, N], patch numbers, faults."""
     *views, indices, faults = zip(*samples)
     views = [torch.from_numpy(np.stack(part, axis=1)).flatten(0, 1) for part in views]
     return *views, list(indices), {path: reason for one in faults for path, reason in one.items()}
-
 
 def worker_init(_):
     """A worker leaves signals to its parent, which finishes its step first, and computes on one core."""
@@ -443,13 +425,11 @@ def worker_init(_):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
 
-
 def load(patches, crop, grid, seed, draws, workers, pin):
     """Batches of draws, see collate; a generator, whose end is that of its workers. pin: for a GPU."""
     yield from torch.utils.data.DataLoader(Views(patches, crop, grid, seed), batch_sampler=draws, collate_fn=collate,
                                            num_workers=workers, worker_init_fn=worker_init, pin_memory=pin,
                                            prefetch_factor=4 if workers else None)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -468,7 +448,6 @@ def gallery(patch, seed=0):
             draw.text((x, y + 226), type(transform).__name__, "black", small)
     return page
 
-
 def main():
     parser = argparse.ArgumentParser(description="Draw every transform by name on an image.")
     parser.add_argument("image")
@@ -481,7 +460,6 @@ def main():
         gallery(image[y:y + 224, x:x + 224], args.seed).save(args.out)
     except (BadImage, OSError, ValueError) as error:  # the last two: an --out that can't be written
         parser.exit(2, f"augment.py: error: {error}\n")
-
 
 if __name__ == "__main__":
     main()

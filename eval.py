@@ -52,7 +52,6 @@ SHOTS, DRAWS, FEWSHOT_L2 = (1, 5, 10, 50), 20, 0.1  # the best of 1, 0.1, 0.01 o
 REPLICATES = 1000  # of the bootstrap: the ends of an interval then move by a few percent of its length between seeds
 PIXELS, COLOUR, BINS = 16, 64, 32  # input sizes of these two baselines; a channel's bins
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Labels. Whatever the layout, the cells end as parallel arrays, sorted by image, so that each image is decoded once.
 
@@ -70,7 +69,6 @@ class Cells:
     sources: tuple[str, ...] = ()
     split: np.ndarray | None = None  # "train" or "test"
     digest: str = ""  # of all that the crops depend on
-
 
 def csv_rows(path: str) -> list[dict]:
     """The rows of a CSV, each checked, with the CSV's folder before the image. UserError names the line."""
@@ -93,13 +91,11 @@ def csv_rows(path: str) -> list[dict]:
             raise UserError(f"{path}, line {row['line']}: image is {row['image']}, which is not there")
     return rows
 
-
 def file_digest(path: str) -> str:
     try:
         return hashlib.sha256(Path(path).read_bytes()).hexdigest() if os.path.isfile(path) else path
     except OSError:  # reported when its pixels are wanted
         return path
-
 
 def read_cells(data: str, drop_labels=()) -> Cells:
     """The labelled cells of a CSV or of class folders; UserError for all that would make their scores meaningless."""
@@ -138,13 +134,11 @@ def read_cells(data: str, drop_labels=()) -> Cells:
     return Cells(files, file, centre, label, classes, image, group, by, source, tuple(sources), split,
                  hashlib.sha256(content).hexdigest())
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Weights: a backbone's state dict under DINOv2's names, from whatever layout it was published in. Everything is read
 # with weights_only=True: a .pth is a pickle, and a hostile one would otherwise run its code here.
 
 HUB = "https://dl.fbaipublicfiles.com/dinov2/dinov2_{0}/dinov2_{0}{1}_pretrain.pth"  # 0: vits14 ...; 1: _reg4 or none
-
 
 def load_file(path: str | Path) -> dict:
     """The dict in a .pth or .safetensors file; UserError in one line if there is none."""
@@ -165,7 +159,6 @@ def load_file(path: str | Path) -> dict:
     if not isinstance(loaded, dict):
         raise UserError(f"{path}: holds a {type(loaded).__name__}, not a state dict")
     return loaded
-
 
 def read_backbone(path_or_name: str) -> dict[str, Tensor]:
     """A backbone's state dict in DINOv2's names, from: our checkpoints and backbone.pth; DINOv2's .pth; RedDino's and
@@ -192,7 +185,6 @@ def read_backbone(path_or_name: str) -> dict[str, Tensor]:
         raise UserError(f"{path_or_name}: holds no vision transformer in DINOv2's or timm's layout")
     return from_timm(state)
 
-
 def from_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """timm's names and shapes to DINOv2's; a state dict that has DINOv2's comes back as it is."""
     renames = {"reg_token": "register_tokens"}
@@ -206,7 +198,6 @@ def from_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
         state["pos_embed"] = torch.cat([torch.zeros_like(pos[:, :1]), pos], dim=1)
     return {k: v for k, v in state.items() if not k.startswith("head.")}
 
-
 def vit_from_state(state: dict[str, Tensor], img_size: int | None = None) -> VisionTransformer:
     """A VisionTransformer in eval mode that fits a state dict of read_backbone and holds it. img_size: the size whose
     positions are stored, those of the state dict if None. All of DINOv2's networks have heads of 64 dimensions."""
@@ -217,7 +208,6 @@ def vit_from_state(state: dict[str, Tensor], img_size: int | None = None) -> Vis
     vit = VisionTransformer(img_size, patch, dim, depth, dim // 64, "blocks.0.mlp.w12.weight" in state, registers)
     load_weights(vit, state)
     return vit.eval()
-
 
 def load_weights(vit: VisionTransformer, state: dict[str, Tensor], source: str = "the weights") -> str:
     """Load a state dict of read_backbone, positions stretched to vit's size; says in one line what was loaded.
@@ -237,7 +227,6 @@ def load_weights(vit: VisionTransformer, state: dict[str, Tensor], source: str =
     return (f"{source}: {len(own) - len(new)} tensors loaded" + (f"; new: {', '.join(new)}" if new else "")
             + (f"; not used: {', '.join(unused)}" if unused else ""))  # fmt: skip
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Backbones: modules that map normalised images [B, 3, S, S] to features [B, D].
 
@@ -250,7 +239,6 @@ class Colour(nn.Module):
         bins = ((x * std + mean) * BINS).long().clamp(0, BINS - 1).flatten(2).flatten(0, 1)  # [B 3, S S]
         counts = bins + BINS * torch.arange(len(bins), device=x.device)[:, None]  # each image and channel by itself
         return counts.flatten().bincount(minlength=BINS * len(bins)).view(len(x), -1).sqrt() / x.shape[3]  # [B, 3 BINS]
-
 
 def make_backbone(name: str, like: nn.Module | None) -> nn.Module:
     from torchvision.models import get_model, list_models  # takes a second, which the training's demo need not wait for
@@ -272,7 +260,6 @@ def make_backbone(name: str, like: nn.Module | None) -> nn.Module:
         return build_vit(arch or "nano", 224 if arch else 64, layerscale=1.0)
     shape = like.img_size, like.patch_size, like.embed_dim, len(like.blocks), like.embed_dim // 64
     return VisionTransformer(*shape, swiglu=hasattr(like.blocks[0].mlp, "w12"), layerscale=1.0)
-
 
 def load_backbone(name: str, size: int | None = None, device: str = "auto", like=None, seed: int = 0) -> nn.Module:
     """A frozen backbone by path or name (see --weights) that maps images [B, 3, size, size] to features [B, D], with
@@ -297,7 +284,6 @@ def load_backbone(name: str, size: int | None = None, device: str = "auto", like
     backbone.digest, backbone.device = content.hexdigest(), device
     return backbone.to(device)
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Features. Threads decode the files, each once for all of its cells.
 
@@ -306,7 +292,6 @@ def window(image: np.ndarray, left: int, top: int, side: int) -> Tensor:
     rows = (top + np.arange(side)).clip(0, image.shape[0] - 1)
     columns = (left + np.arange(side)).clip(0, image.shape[1] - 1)
     return torch.from_numpy(image[rows[:, None], columns]).permute(2, 0, 1)
-
 
 def cut(path: str, centres: np.ndarray | None, crop: int, size: int) -> Tensor:
     """The cells of one file, uint8 [k, 3, crop, crop]; or all of the file in a square of `size`, its shape kept."""
@@ -320,7 +305,6 @@ def cut(path: str, centres: np.ndarray | None, crop: int, size: int) -> Tensor:
         if not (0 <= x <= width and 0 <= y <= height):
             raise UserError(f"a cell at x={x:g}, y={y:g} is outside {path}, which has {width}x{height} pixels")
     return torch.stack([window(image, x, y, crop) for x, y in np.rint(centres).astype(int) - crop // 2])
-
 
 def crops_of(cells: Cells, crop: int, size: int, skipped: dict):
     """Yields all cells in order, uint8 [b, 3, side, side], about 256 at a time. Those of files that can't be read are
@@ -339,12 +323,10 @@ def crops_of(cells: Cells, crop: int, size: int, skipped: dict):
         for first in range(0, len(cells.files), batch):
             yield torch.cat(list(pool.map(read, range(first, min(first + batch, len(cells.files))))))
 
-
 def network_input(images: Tensor, size, device: torch.device) -> Tensor:
     """uint8 [B, 3, H, W] to float32 [B, 3, *size]: bicubic, antialiased, normalised as DINOv2's weights expect."""
     images = images.contiguous(memory_format=torch.channels_last)  # bytes in this order are resized 8 times as fast
     return normalise(F.interpolate(images, size, mode="bicubic", antialias=True), device, torch.float32)
-
 
 @torch.inference_mode()
 def extract_features(backbone: nn.Module, images, patch_tokens: bool = False, batch: int = 256):
@@ -360,7 +342,6 @@ def extract_features(backbone: nn.Module, images, patch_tokens: bool = False, ba
         parts.append([t.float().cpu() for t in x])
     tokens = tuple(torch.cat(p) for p in zip(*parts))
     return tokens if patch_tokens else tokens[0]
-
 
 def embed(label: str, backbone: nn.Module, cells: Cells, crop: int, out, log) -> tuple[Tensor, dict]:
     """Features [n, D] of all cells, NaN where the file can't be read, and those files: {path: reason}. Kept in `out`
@@ -386,7 +367,6 @@ def embed(label: str, backbone: nn.Module, cells: Cells, crop: int, out, log) ->
         write_aside(Path(cache), [features, skipped])
     return features, skipped
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Classifiers on frozen features (and, to compare, on one that is not). All give probabilities [M, C].
 
@@ -400,7 +380,6 @@ def knn(train_x: Tensor, train_y: Tensor, test_x: Tensor, k=20, n_classes: int |
         votes = ((cosine - cosine[:, :1]) / temp).softmax(1)
         shares.append(votes.new_zeros(len(some), n_classes).scatter_add_(1, train_y[nearest], votes))
     return torch.cat(shares)
-
 
 def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, l2=1e-2, n_classes: int | None = None) -> Tensor:
     """Multinomial logistic regression on standardised features, [N, D], int [N], [M, D] to probabilities [M, C] (0 for
@@ -435,11 +414,9 @@ def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, l2=1e-2, n_cl
         probabilities[i][:, present] = (test_x @ weight + bias.detach()).softmax(1)
     return probabilities if np.ndim(l2) else probabilities[0]
 
-
 def held_out(groups: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarray:
     """Which of the training cells [N] are for validation: a fifth of the groups; none if there is one group only."""
     return (group_folds(groups, labels, 5, seed) == 0) & (groups.min() < groups.max())
-
 
 def tuned_probe(train_x, train_y, test_x, groups: np.ndarray, n_classes: int, seed: int = 0) -> Tensor:
     """linear_probe at the l2 with the best weighted F1 on a fifth of the training groups; the test has no say."""
@@ -449,7 +426,6 @@ def tuned_probe(train_x, train_y, test_x, groups: np.ndarray, n_classes: int, se
         guesses = linear_probe(train_x[~held], train_y[~held], train_x[held], L2, n_classes).argmax(2).cpu().numpy()
         l2 = L2[np.argmax([scores(confusion(y[held], guess, n_classes))["weighted_f1"] for guess in guesses])]
     return linear_probe(train_x, train_y, test_x, l2, n_classes)
-
 
 def fine_tune(backbone: nn.Module, crops: Tensor, cells: Cells, train: np.ndarray, test: np.ndarray, seed: int = 0,
               epochs: int = 30, lr: float = 5e-4, decay: float = 0.75, patience: int = 5) -> Tensor:
@@ -492,7 +468,6 @@ def fine_tune(backbone: nn.Module, crops: Tensor, cells: Cells, train: np.ndarra
         best, waited, result = (score, 0, probs[1]) if score > best else (best, waited + 1, result)
     return result
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Splits and scores.
 
@@ -509,7 +484,6 @@ def group_folds(groups: np.ndarray, labels: np.ndarray, k: int = 5, seed: int = 
         fold[g] = np.argmin(load @ share[g] + 1e-9 * load.sum(1))  # among equals the emptiest
         load[fold[g]] += share[g]
     return fold[groups]
-
 
 def make_splits(cells: Cells, readable: np.ndarray, folds: int, seed: int, log=print) -> dict[str, list[tuple]]:
     """{name: [(training cells, test cells), ...]}: k folds or the CSV's own split; and each source left out in turn."""
@@ -532,11 +506,9 @@ def make_splits(cells: Cells, readable: np.ndarray, folds: int, seed: int, log=p
         raise UserError("no way of splitting leaves cells to train on and others to test on; add images")
     return splits
 
-
 def confusion(truth: np.ndarray, guess: np.ndarray, n_classes: int) -> np.ndarray:
     """Counts [true class, predicted class]."""
     return np.bincount(truth * n_classes + guess, minlength=n_classes**2).reshape(n_classes, n_classes)
-
 
 def scores(counts: np.ndarray) -> dict[str, np.ndarray]:
     """Metrics of confusion matrices [..., C, C]; as in scikit-learn, classes that never occur do not count."""
@@ -546,7 +518,6 @@ def scores(counts: np.ndarray) -> dict[str, np.ndarray]:
     return {"accuracy": hit.sum(-1) / true.sum(-1), "balanced_accuracy": np.nanmean(recall, -1),
             "macro_f1": np.nanmean(f1, -1), "weighted_f1": np.nansum(f1 * true, -1) / true.sum(-1)}
 
-
 def auroc(truth: np.ndarray, score: np.ndarray, weight: np.ndarray | float = 1.0) -> float:
     """The chance that a positive scores above a negative, ties counting half; NaN unless there are both."""
     level = np.unique(score, return_inverse=True)[1]
@@ -554,14 +525,12 @@ def auroc(truth: np.ndarray, score: np.ndarray, weight: np.ndarray | float = 1.0
     pairs = positive.sum() * negative.sum()
     return float(positive @ (negative.cumsum() - negative / 2) / pairs) if pairs else math.nan
 
-
 def bootstrap(n: int, seed: int) -> np.ndarray:
     """How often each of n groups is drawn, [REPLICATES, n]: as many as there are, with replacement. The same seed draws
     the same groups for each backbone, so that their difference can be taken replicate by replicate. (What the intervals
     leave out: on other training cells the classifier would have been another.)"""
     rng = np.random.default_rng(seed)
     return np.stack([np.bincount(rng.integers(n, size=n), minlength=n).astype(np.float32) for _ in range(REPLICATES)])
-
 
 def judge(truth: np.ndarray, probs: np.ndarray, group: np.ndarray, seed: int = 0) -> dict:
     """Metrics of predictions [n, C], the confusion matrix, and replicates of the metrics in "again": {metric: [R]}. A
@@ -576,7 +545,6 @@ def judge(truth: np.ndarray, probs: np.ndarray, group: np.ndarray, seed: int = 0
         again["auroc"] = np.array([auroc(truth == 1, probs[:, 1], t[group]) for t in times])
     recall = (whole.diagonal() / whole.sum(1).clip(1)).tolist()
     return {**value, "cells": len(truth), "recall": recall, "confusion": whole.tolist(), "again": again}
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Protocols. A result is a row of results.json: metrics by name, and in "again" their replicates.
@@ -597,7 +565,6 @@ def study_level(truth: np.ndarray, probs: np.ndarray, group: np.ndarray, seed: i
         rows[f"{pool} of a study"] = {"auroc": float(auc[0]), "studies": len(has), "again": {"auroc": auc[1:]}}
     return rows
 
-
 def few_shot(x: Tensor, y: Tensor, cells: Cells, parts: list, shots: int, seed: int) -> dict:
     """Linear probes on `shots` random training cells a class, DRAWS times; {} where a class has fewer."""
     draws, n_classes = [], len(cells.classes)
@@ -612,7 +579,6 @@ def few_shot(x: Tensor, y: Tensor, cells: Cells, parts: list, shots: int, seed: 
     again = {k: np.array([d[k] for d in draws]) for k in draws[0]}
     deviation = {k: v.std(ddof=1) for k, v in again.items()}
     return {k: v.mean() for k, v in again.items()} | {"shots": shots, "deviation": deviation, "again": again}
-
 
 def measure(x: Tensor, cells: Cells, parts: list, protocols, seed: int, tune=None) -> dict[str, dict]:
     """{protocol: result} of one backbone's features [n, D] on one way to split the cells; each test cell counts once.
@@ -638,7 +604,6 @@ def measure(x: Tensor, cells: Cells, parts: list, protocols, seed: int, tune=Non
     few = {f"few-shot, {n} a class": few_shot(x, y, cells, parts, n, seed) for n in SHOTS if "fewshot" in protocols}
     return results | {name: row for name, row in few.items() if row}
 
-
 def compare(found: dict[str, dict], split: str) -> tuple[list, list]:
     """{backbone: {protocol: result}} to rows, with intervals, and to the differences of all pairs of backbones."""
     def interval(replicates): return np.nanpercentile(replicates, [2.5, 97.5]).tolist()
@@ -652,7 +617,6 @@ def compare(found: dict[str, dict], split: str) -> tuple[list, list]:
                                "interval": interval(v - again[b][k])}
                       for b in block if b != a for k, v in again[a].items()]
     return rows, pairs
-
 
 def evaluate(data, weights, protocols=PROTOCOLS, crop=80, out=None, device="auto", size=None, seed=0, log=print,
              drop_labels=(), folds=5, finetune=False, figures=None) -> dict:
@@ -707,7 +671,6 @@ def evaluate(data, weights, protocols=PROTOCOLS, crop=80, out=None, device="auto
         draw_figures(figures, results, features, backbones, cells)
     return results
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # What a person sees.
 
@@ -734,7 +697,6 @@ def as_table(results: dict, bold: str, plain: str) -> str:
         page += "\n" + "".join(f"| {' | '.join(line)} |\n" for line in table)
     return page
 
-
 def write_results(results: dict, out):
     """results.json: everything; results.csv: a line a row; results.md: the table; skipped.txt: what can't be read."""
     Path(out, "results.md").write_text(as_table(results, "**", "**"))
@@ -746,12 +708,23 @@ def write_results(results: dict, out):
         for row in results["rows"]:
             table.writerow([row.get(k) for k in keys] + [v for k in SCORES for v in row["interval"].get(k, ("", ""))])
 
-
 def principal(x: np.ndarray, n: int) -> np.ndarray:
     """The first n principal components of [N, D], [N, n]."""
     u, s, _ = np.linalg.svd(x - x.mean(0), full_matrices=False)
     return u[:, :n] * s[:n]
 
+def neighbour_map(x: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    """A second map of [N, D], which keeps neighbours together where PCA keeps distances: {name: [N, 2]} by umap-learn
+    or else scikit-learn, {} where neither is installed or there are too few points."""
+    if len(x) < 50:
+        return {}
+    if importlib.util.find_spec("umap"):
+        from umap import UMAP
+        return {"UMAP": UMAP(random_state=seed, n_jobs=1).fit_transform(x)}
+    if importlib.util.find_spec("sklearn"):
+        from sklearn.manifold import TSNE
+        return {"t-SNE": TSNE(random_state=seed).fit_transform(x)}
+    return {}
 
 def draw_figures(folder, results: dict, features: dict, backbones: dict, cells: Cells, seed: int = 0):
     """PNGs in `folder`: few-shot curves, and for each backbone its confusion matrix, maps of the cells, one smear."""
@@ -787,15 +760,16 @@ def draw_figures(folder, results: dict, features: dict, backbones: dict, cells: 
             save(f"confusion {label}", xlabel="predicted", ylabel="true",
                  title=f"{label}: {row['protocol']}, {row['split']}")
         some = np.random.default_rng(seed).permutation(np.flatnonzero(~features[label][:, 0].isnan()))[:3000]
-        xy = principal(features[label].numpy()[some], 2)
-        maps = [("class", cells.label, cells.classes), ("source", cells.source, cells.sources)]
-        maps = maps if cells.sources else maps[:1]
-        axes = plt.subplots(1, len(maps), figsize=(7 * len(maps), 6), squeeze=False)[1][0]
-        for axis, (what, index, names) in zip(axes, maps):
+        x, maps = features[label].numpy()[some], [("class", cells.label, cells.classes)]
+        maps += [("source", cells.source, cells.sources)] if cells.sources else []
+        ways = {"PCA": principal(x, 2)} | neighbour_map(x, seed)
+        axes = plt.subplots(len(ways), len(maps), figsize=(7 * len(maps), 6 * len(ways)), squeeze=False)[1]
+        for (row, (way, xy)), (column, (what, index, names)) in itertools.product(enumerate(ways.items()),
+                                                                                  enumerate(maps)):
             for style, (i, name) in zip(itertools.cycle(styles), enumerate(names)):
-                axis.scatter(*xy[index[some] == i].T, s=9, label=name, **style)
-            axis.set(title=f"{label}: PCA of {len(some)} cells, by {what}", xticks=[], yticks=[])
-            axis.legend(fontsize=7, markerscale=2)
+                axes[row, column].scatter(*xy[index[some] == i].T, s=9, label=name, **style)
+            axes[row, column].set(title=f"{label}: {way} of {len(some)} cells, by {what}", xticks=[], yticks=[])
+            axes[row, column].legend(fontsize=7, markerscale=2)
         save(f"map {label}")
         if hasattr(backbone, "blocks"):
             panels = smear_panels(backbone, read_image(cells.files[cells.file[some.min()]]))
@@ -805,7 +779,6 @@ def draw_figures(folder, results: dict, features: dict, backbones: dict, cells: 
                 plt.subplot(height, 3, i, title=title, xticks=[], yticks=[]).imshow(panel)
             plt.suptitle(label)
             save(f"smear {label}")
-
 
 @torch.inference_mode()
 def smear_panels(backbone: nn.Module, image: np.ndarray) -> dict[str, np.ndarray]:
@@ -823,7 +796,6 @@ def smear_panels(backbone: nn.Module, image: np.ndarray) -> dict[str, np.ndarray
     colours = ((tokens - low) / (high - low)).clip(0, 1).reshape(rows, columns, 3)
     return {"smear": image, "patch tokens, PCA": colours} | {
         f"class token's attention, head {i}": head.reshape(rows, columns) for i, head in enumerate(look)}
-
 
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -845,7 +817,6 @@ def main(argv: list[str] | None = None):
         evaluate(**vars(parser.parse_args(argv)), log=lambda text: print(text, flush=True))
     except (UserError, OSError) as error:
         parser.error(error)
-
 
 if __name__ == "__main__":
     main()

@@ -54,12 +54,10 @@ from augment import MEAN, STD, Draws, MultiCrop, Patches, UserError, load
 # this class. The defaults are RedDino's released ViT-S; PRESETS says what differs for the other sizes, and for `nano`.
 # Durations are shares of the run, so that a recipe keeps its shape when the run gets longer.
 
-
 def opt(default, text, choices=None, low=0, high=math.inf):
     """A field of Config: default, one line of help, and what may be given."""
     kind = dict(default_factory=list) if isinstance(default, list) else dict(default=default)
     return dataclasses.field(**kind, metadata=dict(help=text, choices=choices, low=low, high=high))
-
 
 @dataclass
 class Config:
@@ -123,7 +121,6 @@ class Config:
     overwrite: bool = opt(False, "with --resume never: replace the run in OUT")
     export: str = opt("", "write the backbone of the run in OUT to this file, and stop")
 
-
 PRESETS = {
     # From scratch, on little data, in minutes, on drawn smears. Changed together, so none of them has the credit alone:
     # few prototypes, a fast teacher, views that overlap much, a strong KoLeo, one transform. Only the last was tried by
@@ -136,7 +133,6 @@ PRESETS = {
     "vitl14": dict(iters=109000, batch_size=128),  # RedDino L: 2 GPUs x 64, 10 x 10,900 steps
     "vitg14": dict(iters=109000, batch_size=128),  # RedDino has no giant: as L
 }  # fmt: skip
-
 
 def configure(**given) -> Config:
     """Config of an architecture: what is given, else its preset, else the default. Raises UserError on nonsense."""
@@ -156,7 +152,6 @@ def configure(**given) -> Config:
     if cfg.overwrite and cfg.resume != "never":
         raise UserError("--overwrite replaces a run: say --resume never as well, or leave it out to go on")
     return cfg
-
 
 def parse_args(argv: list[str]) -> Config:
     """The command line, made from Config. Without --data the default architecture is `nano`, for the demo."""
@@ -178,12 +173,10 @@ def parse_args(argv: list[str]) -> Config:
     given = vars(parser.parse_args(argv))
     return configure(**({} if "data" in given else {"arch": "nano"}) | given)
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Patches. A ViT reads an image as a sequence of N square patches of p x p pixels, each projected linearly to D
 # dimensions, and adds to each a learned embedding of its position. At another image size the grid of positions is
 # stretched bicubically. (Dosovitskiy et al. 2021, section 3.1; Oquab et al. 2023, section 5.)
-
 
 def resize_pos_embed(pos: Tensor, height: int, width: int, registers: int = 0) -> Tensor:
     """Position embeddings [1, 1 + n*n, D], class token first, stretched to [1, 1 + height*width, D].
@@ -204,11 +197,9 @@ def resize_pos_embed(pos: Tensor, height: int, width: int, registers: int = 0) -
     grid = grid.flatten(2).transpose(1, 2).to(pos.dtype)  # [1, height*width, D]
     return torch.cat([pos[:, :1], grid], dim=1)
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The transformer: x + attention(norm(x)), then x + mlp(norm(x)), `depth` times. Parameter names are those of DINOv2's
 # checkpoints, so that its published weights load as they are.
-
 
 class Attention(nn.Module):
     """Multi-head self-attention. PyTorch's fused kernel does what DINOv2 needs xFormers for."""
@@ -225,11 +216,9 @@ class Attention(nn.Module):
         x = F.scaled_dot_product_attention(q, k, v)  # [B, heads, N, D/heads]
         return self.proj(x.transpose(1, 2).reshape(B, N, D))
 
-
 def Mlp(dim: int) -> nn.Module:
     """The usual feed-forward: 4x wider inside, GELU."""
     return nn.Sequential(OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
-
 
 class SwiGLU(nn.Module):
     """The giant's gated feed-forward (Shazeer 2020): hidden 4 x D x 2/3 rounded up to 8, so about Mlp's parameters."""
@@ -244,7 +233,6 @@ class SwiGLU(nn.Module):
         gate, value = self.w12(x).chunk(2, dim=-1)
         return self.w3(F.silu(gate) * value)
 
-
 class LayerScale(nn.Module):
     """A learned gain for each channel of a branch, near 0 at first, so that deep networks start as the identity."""
 
@@ -254,7 +242,6 @@ class LayerScale(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.gamma
-
 
 class Block(nn.Module):
     """One layer, [B, N, D] to [B, N, D], with stochastic depth (Huang et al. 2016) in DINOv2's efficient form."""
@@ -281,7 +268,6 @@ class Block(nn.Module):
             return x + branch(x)
         chosen = torch.randperm(len(x), device=x.device)[:kept]
         return x.index_add(0, chosen, branch(x[chosen]).to(x.dtype), alpha=len(x) / kept)
-
 
 class VisionTransformer(nn.Module):
     """ViT as in DINOv2: class token, optional register tokens, patch tokens, `depth` blocks, a final LayerNorm.
@@ -336,7 +322,6 @@ class VisionTransformer(nn.Module):
         """Images [B, 3, H, W], normalised with MEAN and STD, to their class tokens [B, D]: the features to use."""
         return self.forward_features(x)[0]
 
-
 def init_linear(module: nn.Module):
     """Linear layers as in DINOv2: truncated normal, std 0.02, no bias. That is made for widths from 384 on; a narrower
     layer (nano's) would hardly pass anything on, so it gets Xavier's (Glorot and Bengio 2010)."""
@@ -348,7 +333,6 @@ def init_linear(module: nn.Module):
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 
-
 ARCHS = {
     "nano": dict(embed_dim=128, depth=4, heads=2, patch_size=16),  # 0.9M parameters: ours, for a CPU
     "vits14": dict(embed_dim=384, depth=12, heads=6, patch_size=14),  # 22M
@@ -357,18 +341,15 @@ ARCHS = {
     "vitg14": dict(embed_dim=1536, depth=40, heads=24, patch_size=14, swiglu=True),  # 1.1B
 }
 
-
 def build_vit(arch: str, img_size: int = 224, **overrides) -> VisionTransformer:
     """A VisionTransformer with random weights; arch: nano, vits14, vitb14, vitl14, vitg14 (DINOv2, table 16)."""
     if arch not in ARCHS:
         raise UserError(f"no architecture {arch!r}: one of {', '.join(ARCHS)}")
     return VisionTransformer(img_size, **{**ARCHS[arch], **overrides})
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Heads. A head says how alike a token is to each of K prototypes: an MLP, the result on the unit sphere, then its
 # product with K weight-normalised vectors, i.e. gain x cosine. (DINO, section 3.1; DINOv2's gains are trained.)
-
 
 class Prototypes(nn.Module):
     """[*, D] to [*, K] with weight rows g * v / |v|; named weight_g [K, 1] and weight_v [K, D] as in checkpoints."""
@@ -381,7 +362,6 @@ class Prototypes(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight_g * F.normalize(self.weight_v, dim=-1))
-
 
 class DINOHead(nn.Module):
     """Tokens [*, D] to logits over prototypes [*, K]: 3-layer MLP, l2-normalised bottleneck, prototypes."""
@@ -397,13 +377,11 @@ class DINOHead(nn.Module):
         x = self.mlp(x)
         return self.last_layer(F.normalize(x, dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12))
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The teacher's targets. Its softmax alone would let everything fall onto one prototype. Two ways to prevent it:
 # Sinkhorn-Knopp finds, for this batch, the assignment nearest to the teacher's in which all prototypes are used
 # equally (Cuturi 2013; SwAV, Caron et al. 2020); moving-average centering (DINO) subtracts from the logits their
 # running mean, which is cheaper and only balances on average. Both see the rows of all processes.
-
 
 def all_reduce(x: Tensor, op=dist.ReduceOp.SUM) -> Tensor:
     """x summed (or op) over all processes, in place; x itself when there is one."""
@@ -411,18 +389,15 @@ def all_reduce(x: Tensor, op=dist.ReduceOp.SUM) -> Tensor:
         dist.all_reduce(x, op)
     return x
 
-
 def widen(x: Tensor) -> Tensor:
     """At least float32: exponentials and sums over K need it, whatever autocast gave."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
 
 def logsumexp_over_rows(x: Tensor) -> Tensor:
     """log sum_i exp(x_ik) over the rows i of all processes, [R, K] to [1, K]; a process may have no rows at all."""
     local = torch.logsumexp(x, dim=0, keepdim=True)
     largest = all_reduce(local.clone(), dist.ReduceOp.MAX)
     return largest + all_reduce((local - largest).exp()).log()
-
 
 @torch.no_grad()
 def sinkhorn_knopp(logits: Tensor, temp: float, n_iters: int = 3) -> Tensor:
@@ -439,7 +414,6 @@ def sinkhorn_knopp(logits: Tensor, temp: float, n_iters: int = 3) -> Tensor:
         log_q = log_q - logsumexp_over_rows(log_q)
         log_q = log_q - torch.logsumexp(log_q, dim=1, keepdim=True)
     return log_q.exp()
-
 
 class MovingAverage(nn.Module):
     """DINO's centering: targets are softmax((logits - center) / temp), the center a running mean of past logits.
@@ -464,30 +438,25 @@ class MovingAverage(nn.Module):
     def update(self):
         self.center.lerp_(self.pending.to(self.center), 1 - self.momentum)
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Losses. Both are cross-entropies between the teacher's targets and the student's softmax; they differ in whose tokens
 # are compared. dino_loss: class tokens of two different crops of an image, so features must not depend on the crop.
 # ibot_loss: the same patch, which the teacher sees and the student doesn't, so patches must be predictable from their
 # surroundings. KoLeo spreads the features of a batch. (DINOv2, section 4.)
 
-
 def cross_entropy(student_logits: Tensor, targets: Tensor, temp: float) -> Tensor:
     """-sum_k targets * log softmax(student_logits / temp) for each row: [*, K], [*, K] to [*]."""
     return -(targets * F.log_softmax(widen(student_logits) / temp, dim=-1)).sum(-1)
-
 
 def dino_loss(student_logits: Tensor, targets: Tensor, temp: float = 0.1) -> Tensor:
     """Class-token loss: mean cross-entropy over rows, student [B, K] against the teacher's targets for the same images
     in another view, [B, K]. Targets that are a sum over views give the sum of the losses against each."""
     return cross_entropy(student_logits, targets, temp).mean()
 
-
 def ibot_loss(student_logits: Tensor, targets: Tensor, weights: Tensor, views: int, temp: float = 0.1) -> Tensor:
     """Patch-token loss: cross-entropy of the masked patches [M, K], averaged within each masked image and divided by
     all global views, masked or not. weights [M] are 1 / (masked patches of the image); `views` is that number."""
     return (cross_entropy(student_logits, targets, temp) * weights).sum() / views
-
 
 def koleo_loss(x: Tensor, eps: float = 1e-8) -> Tensor:
     """-mean log distance from each class token [B, D] to its nearest neighbour on the unit sphere, over all processes'
@@ -504,10 +473,8 @@ def koleo_loss(x: Tensor, eps: float = 1e-8) -> Tensor:
         nearest = cosine.argmax(dim=1)
     return -(x - everyone[nearest]).norm(dim=-1).clamp_min(eps).log().mean()
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # One training step: student and teacher look at a batch, and out come the losses by name.
-
 
 class DINO(nn.Module):
     """Student and teacher, each a backbone with a head (two with separate_heads); the teacher gets no gradients."""
@@ -578,6 +545,16 @@ class DINO(nn.Module):
         for center in self.centers.values():
             center.update()
 
+def first_networks(cfg: Config) -> tuple[DINO, str]:
+    """Student and teacher at step 0, the same in all processes, and a line that says what --init has loaded."""
+    from eval import load_weights, read_backbone  # which imports this file
+
+    torch.manual_seed(cfg.seed)
+    model, loaded = DINO(cfg), ""
+    if cfg.init:  # RedDino: from DINOv2's weights, student and teacher alike; only the heads are new
+        loaded = load_weights(model.student["backbone"], read_backbone(cfg.init), cfg.init)
+        model.teacher["backbone"].load_state_dict(model.student["backbone"].state_dict())
+    return model, loaded
 
 def effective_rank(features: Tensor) -> float:
     """RankMe (Garrido et al. 2023, eq. 1-2): exp of the entropy of the normalised singular values of [R, D] features.
@@ -586,16 +563,13 @@ def effective_rank(features: Tensor) -> float:
     p = values / values.sum().clamp_min(1e-12) + 1e-7
     return float(torch.exp(-(p * p.log()).sum()))
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Optimiser and schedules: AdamW; a half cosine for the learning rate after a linear warm-up, for the weight decay and
 # for the teacher's momentum (DINO, section 3.2 and its appendix). All are functions of the share of the run done.
 
-
 def cosine(start: float, end: float, x: float) -> float:
     """From start (x = 0) to end (x = 1) along half a cosine."""
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(x, 1)))
-
 
 def schedules(cfg: Config, done: float) -> dict[str, float]:
     """lr, last_layer_lr, weight_decay, momentum and teacher_temp after `done` (0 to 1) of the run."""
@@ -609,7 +583,6 @@ def schedules(cfg: Config, done: float) -> dict[str, float]:
         "momentum": cosine(cfg.momentum, 1.0, done),
         "teacher_temp": cfg.teacher_temp_start + (cfg.teacher_temp - cfg.teacher_temp_start) * warm,
     }
-
 
 def make_optimizer(cfg: Config, student: nn.ModuleDict) -> torch.optim.AdamW:
     """AdamW with DINOv2's parameter groups: no weight decay on biases, norms and LayerScale; the patch embedding
@@ -628,18 +601,15 @@ def make_optimizer(cfg: Config, student: nn.ModuleDict) -> torch.optim.AdamW:
     groups = [dict(params=p, rate=rate, decay=decay, last=last) for (rate, decay, last), p in groups.items()]
     return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=groups[0]["params"][0].device.type != "mps")
 
-
 def apply_schedules(optimizer: torch.optim.AdamW, now: dict[str, float]):
     for group in optimizer.param_groups:
         group["lr"] = group["rate"] * now["last_layer_lr" if group["last"] else "lr"]
         group["weight_decay"] = now["weight_decay"] if group["decay"] else 0.0
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Checkpoints out. A run's future depends on the networks, the optimiser, the centers, the scaler and the step, and on
 # nothing else: all randomness is a function of (seed, sample, epoch) or (seed, step), see augment.py. So a resumed
 # run is the uninterrupted one, on a CPU bit for bit.
-
 
 def write_aside(path: Path, state: dict | list, keep: Path | None = None):
     """torch.save into a new file, flushed to the disk, then renamed over path (which becomes keep): whatever happens
@@ -654,9 +624,16 @@ def write_aside(path: Path, state: dict | list, keep: Path | None = None):
         aside.unlink(missing_ok=True)
         raise OSError(f"can't write {path} ({error})") from None
     if keep and path.exists():
-        os.replace(path, keep)
+        keep.unlink(missing_ok=True)
+        try:
+            os.link(path, keep)  # the same file under two names, so that at no moment path is missing
+        except OSError:  # FAT and some network drives have no such links
+            os.replace(path, keep)
     os.replace(aside, path)
-
+    if os.name == "posix":  # the names are in the folder, which is a file of its own
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
 
 def find_checkpoint(cfg: Config, there: list[Path]) -> tuple[dict | None, str]:
     """The checkpoint to go on from, there: what OUT holds, and a line that says so; None for a new run."""
@@ -679,10 +656,8 @@ def find_checkpoint(cfg: Config, there: list[Path]) -> tuple[dict | None, str]:
         raise UserError("; ".join(said))
     return None, ""
 
-
 MAY_CHANGE = {"out", "init", "workers", "device", "dtype", "compile", "checkpoint_activations", "iters", "minutes",
               "save_every", "log_every", "resume", "overwrite", "export"}  # it's the same run with others # fmt: skip
-
 
 def prepare(cfg: Config, world: int) -> tuple[Patches, dict | None, str]:
     """Before any work: the patches, and the checkpoint to go on from, if any. Raises UserError."""
@@ -709,10 +684,8 @@ def prepare(cfg: Config, world: int) -> tuple[Patches, dict | None, str]:
         path.unlink(missing_ok=True)
     return patches, saved, note
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Machine: batches, processes, devices, and what a step costs.
-
 
 def batches_of(cfg: Config, patches: Patches, start: int, rank: int, world: int, device: torch.device):
     """This process's batches from step `start` on: see augment.load."""
@@ -724,18 +697,15 @@ def batches_of(cfg: Config, patches: Patches, start: int, rank: int, world: int,
     grid = cfg.global_size // ARCHS[cfg.arch]["patch_size"]
     return load(patches, crop, grid, cfg.seed, draws, workers, pin=device.type == "cuda")
 
-
 def normalise(views: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """uint8 crops to the device (a quarter of the bytes of floats), and there to ImageNet's mean 0 and std 1."""
     mean, std = (torch.tensor(v, device=device, dtype=dtype).view(3, 1, 1) for v in (MEAN, STD))
     return (views.to(device, non_blocking=True).to(dtype) / 255 - mean) / std
 
-
 def cores() -> int:
     """CPU cores for each process on this machine."""
     everyone = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(everyone // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
-
 
 def choose_device(cfg: Config) -> tuple[torch.device, torch.dtype]:
     """Device and dtype of matrix products. Raises UserError for a device that isn't there."""
@@ -750,7 +720,6 @@ def choose_device(cfg: Config) -> tuple[torch.device, torch.dtype]:
         return device, torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     return device, torch.float32  # measured on a CPU without bfloat16 units: 130 GFLOP/s in float32, 1 in bfloat16
 
-
 def start_processes(device: torch.device) -> tuple[int, int]:
     """Join torchrun's processes, if there are several: rank and number."""
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -761,7 +730,6 @@ def start_processes(device: torch.device) -> tuple[int, int]:
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return int(os.environ.get("RANK", 0)), world
-
 
 def from_rank_0(make):
     """make() on rank 0, its result on all. Where it raises, rank 0 says why and the others stop without a word."""
@@ -776,7 +744,6 @@ def from_rank_0(make):
         raise box[1]
     return box[0]
 
-
 def gather(x) -> list:
     """x of every process."""
     if not dist.is_initialized():
@@ -784,7 +751,6 @@ def gather(x) -> list:
     everyones = [None] * dist.get_world_size()
     dist.all_gather_object(everyones, x)
     return everyones
-
 
 def step_flops(cfg: Config, model: DINO) -> float:
     """Floating-point operations of a step's matrix products, over all processes: 2 for each weight and token forward,
@@ -801,17 +767,14 @@ def step_flops(cfg: Config, model: DINO) -> float:
     by_both = 2 * (forward(cfg.global_size) + head * (1 + masked))  # teacher: forward; student: forward and backward
     return cfg.batch_size * (4 * by_both + 3 * cfg.local_crops * (forward(cfg.local_size) + head))
 
-
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second in a large matrix product here: what MFU is a share of."""
     n = 8192 if device.type == "cuda" else 1024
     a = torch.randn(n, n, device=device).to(dtype)
     return 2 * n**3 / min(timeit.repeat(lambda: (a @ a)[0, 0].item(), number=1, repeat=8))  # item() waits for it
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The loop, and what it writes down.
-
 
 @contextlib.contextmanager
 def interrupts():
@@ -830,7 +793,6 @@ def interrupts():
     finally:
         for which, handler in before.items():
             signal.signal(which, handler)
-
 
 class Journal:
     """What rank 0 writes down: the log, OUT/metrics.jsonl with each step once, OUT/skipped.txt with each file once."""
@@ -864,7 +826,6 @@ class Journal:
         if len(self.skipped) > 0.5 * (len(patches.files) + len(patches.skipped)):
             raise UserError(f"{len(self.skipped)} files can't be read, more than half: see {self.skipped_file}")
 
-
 class Watch:
     """Signs of collapse, the failure that DINO's users report most, for next to nothing: from the teacher's class
     tokens of the last 2,048 views or more, how many prototypes they are nearest to, their spread, their rank."""
@@ -879,30 +840,27 @@ class Watch:
 
     def signs(self) -> dict[str, float]:
         """Nothing until there are enough tokens: the rank of few is low for no fault of the network."""
-        if sum(len(cls) for cls, _ in self.seen) < 2048:
+        tokens, nearest = map(torch.cat, zip(*self.seen)) if self.seen else ((), ())
+        if len(tokens) < 2048:
             return {}
-        tokens, nearest = map(torch.cat, zip(*self.seen))
         spread = float(F.normalize(tokens, dim=1).std(0).norm())
         return {"rank": effective_rank(tokens), "std": spread, "in_use": len(nearest.unique())}
 
     def warning(self, signs: dict[str, float], entropy: float, prototypes: int) -> str:
         """In words, once: the class tokens all but one and the same, or a teacher without an opinion on any image."""
-        most, rank, std = math.log(prototypes), signs.get("rank", math.inf), signs.get("std", math.inf)
-        if self.warned or not signs or not (rank < 2 or std < 0.01 or entropy > 0.999 * most):
+        most = math.log(prototypes)
+        if self.warned or not signs or not (signs["rank"] < 2 or signs["std"] < 0.01 or entropy > 0.999 * most):
             return ""
         self.warned = True
-        return (f"WARNING: the teacher has collapsed (effective rank {rank:.1f}, spread {std:.3f}, "
-                f"entropy {entropy:.3f} of ln K = {most:.3f}): features hardly depend on the image. --koleo 0.1, fewer "
-                "--prototypes or a higher --lr usually help; see the README, 'Signs of collapse'")  # fmt: skip
-
+        return (f"WARNING: the teacher has collapsed (effective rank {signs['rank']:.1f}, spread {signs['std']:.3f}, "
+                f"entropy {entropy:.3f} of ln K = {most:.3f}): features hardly depend on the image; see the README, "
+                "'Signs of collapse'")  # fmt: skip
 
 def train(cfg: Config) -> Path:
     """Train as cfg says; returns OUT/backbone.pth, the teacher's backbone in DINOv2's layout.
 
     Raises UserError for what the user can mend, SystemExit(128 + signal) after a SIGTERM or SIGINT.
     """
-    from eval import load_weights, read_backbone  # which imports this file
-
     # --- machine, data, networks, optimiser; all processes start from the same
     device, dtype = choose_device(cfg)
     rank, world = start_processes(device)
@@ -911,12 +869,8 @@ def train(cfg: Config) -> Path:
     cfg = dataclasses.replace(cfg, data=[os.path.abspath(folder) for folder in cfg.data])
     patches, saved, note = from_rank_0(lambda: prepare(cfg, world))
     floats = torch.float64 if dtype == torch.float64 else torch.float32  # of parameters; autocast lowers products only
-    torch.manual_seed(cfg.seed)
-    model = DINO(cfg)
+    model, loaded = first_networks(dataclasses.replace(cfg, init="") if saved else cfg)
     vit = model.student["backbone"]
-    if cfg.init and not saved:  # RedDino: from DINOv2's weights, student and teacher alike; only the heads are new
-        note = load_weights(vit, read_backbone(cfg.init), cfg.init)
-        model.teacher["backbone"].load_state_dict(vit.state_dict())
     model.to(device, floats)
     optimizer = make_optimizer(cfg, model.student)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -949,7 +903,7 @@ def train(cfg: Config) -> Path:
     out, watch, journal = Path(cfg.out), Watch(), Journal(Path(cfg.out), step, rank == 0)
     size = sum(p.numel() for p in vit.parameters()) / 1e6
     journal.say(f"{cfg.arch}, {size:.1f}M parameters, on {len(patches)} patches of {len(patches.files)} images; "
-                f"{world} x {device.type}, {str(dtype)[6:]}", note)  # fmt: skip
+                f"{world} x {device.type}, {str(dtype)[6:]}", loaded or note)  # fmt: skip
     journal.skip((saved["skipped"] if saved else {}) | patches.skipped, patches)
     ideal = step_flops(cfg, model) / world / matmul_rate(device, dtype)  # seconds a step, were it all matrix products
     faults, bad_in_a_row, waited, began = {}, 0, 0.0, time.monotonic() - elapsed
@@ -1027,7 +981,6 @@ def train(cfg: Config) -> Path:
         journal.say(f"done: {out / 'backbone.pth'} holds the teacher's backbone")
     return out / "backbone.pth"
 
-
 def demo(cfg: Config):
     """Without --data: draw smears, train on some, score the features on others before and after."""
     import smears
@@ -1038,19 +991,14 @@ def demo(cfg: Config):
 
     def draw():
         print(f"no --data: drawing blood smears in {out} to train on, and others to score the features on", flush=True)
-        try:
-            return [smears.draw(out / "seen", 160, 2 * cfg.seed), smears.draw(out / "unseen", 60, 2 * cfg.seed + 1)]
-        except smears.UserError as error:
-            raise UserError(str(error)) from None
+        return [smears.draw(out / "seen", 160, 2 * cfg.seed), smears.draw(out / "unseen", 60, 2 * cfg.seed + 1)]
 
     seen, unseen = from_rank_0(draw)
     backbone = train(dataclasses.replace(cfg, data=[str(Path(seen).parent)]))
     if rank == 0:
-        torch.manual_seed(cfg.seed)
-        write_aside(untrained, DINO(cfg).teacher["backbone"].state_dict())
+        write_aside(untrained, first_networks(cfg)[0].teacher["backbone"].state_dict())
         weights = {"pixels": "pixels", "colour": "colour", "before training": untrained, "after training": backbone}
         evaluate(unseen, weights, protocols=["knn"], out=out / "scores", device=cfg.device)
-
 
 def main(argv: list[str] | None = None):
     try:
@@ -1073,7 +1021,6 @@ def main(argv: list[str] | None = None):
     finally:  # a worker ignores the SIGTERM with which Python ends it, and Python would wait for it
         for worker in multiprocessing.active_children():
             worker.kill()
-
 
 if __name__ == "__main__":
     main()

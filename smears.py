@@ -26,11 +26,6 @@ RADIUS = 22.0   # of a normal cell, in pixels: 40-50 wide as in Chula RBC-12, i.
 MARGIN = 40     # a cell whose centre is nearer to the border is drawn but not labelled: its 80-pixel crop is cut
 PER_PATIENT = 4  # images of one patient (column `group`): same slide, same stain; never split them
 
-
-class UserError(Exception):
-    """Something that the user can mend: one line that says how."""
-
-
 # ------------------------------------------------------------------------------------------------ 1. the cells
 # Each takes coordinates u, v [h, w] in units of a normal cell's radius, the cell's centre at 0, and a random stream,
 # and returns (inside, haemoglobin, azure), each [h, w]: `inside` is positive in the cell and falls to 0 at its outline
@@ -42,11 +37,9 @@ def pallor(q, depth):
     """Relative thickness of a dimpled disc: 1 - depth in the middle, 1 outside; q = 1 is the dimple's edge."""
     return 1 - depth * np.exp(-np.square(np.square(q)))
 
-
 def union(a, b, soft=0.08):
     """Two shapes melted into one: a maximum without the crease."""
     return soft * np.logaddexp(a / soft, b / soft)
-
 
 def normal(u, v, rng):
     """Discocyte: a biconcave disc, thin in the middle, hence a pale centre of about a third of the diameter."""
@@ -54,12 +47,10 @@ def normal(u, v, rng):
     q = np.hypot(u - rng.normal(0, 0.06), v - rng.normal(0, 0.06)) / rng.uniform(0.28, 0.5)  # never quite central
     return 1 - r, pallor(q, rng.uniform(0.35, 0.75)), 0 * r
 
-
 def spherocyte(u, v, rng):
     """Lost membrane, kept haemoglobin (hereditary spherocytosis, immune haemolysis): a small ball, no pallor."""
     r = np.hypot(u, v) / rng.uniform(0.72, 0.92)
     return 1 - r, 0.95 + 0.25 * np.sqrt(np.maximum(1 - r * r, 0)), 0 * r
-
 
 def target(u, v, rng):
     """Codocyte: too much membrane for its content (thalassaemia, liver disease) folds up into a bull's-eye."""
@@ -67,13 +58,11 @@ def target(u, v, rng):
     ring, width = rng.uniform(0.42, 0.55), rng.uniform(0.13, 0.18)
     return 1 - r, 1 - rng.uniform(0.4, 0.7) * np.exp(-np.square((r - ring) / width)), 0 * r
 
-
 def elliptocyte(u, v, rng):
     """A skeleton that does not spring back after the capillaries (hereditary elliptocytosis): an ellipse or a rod."""
     ratio, size = rng.uniform(1.45, 2.3), rng.uniform(0.85, 1.05)
     q = np.hypot(u / sqrt(ratio), v * sqrt(ratio)) / size
     return 1 - q, pallor(q / rng.uniform(0.3, 0.5), rng.uniform(0.0, 0.6)), 0 * q
-
 
 def teardrop(u, v, rng):
     """Dacrocyte: squeezed out of a scarred marrow (myelofibrosis), it keeps one drawn-out tail."""
@@ -84,14 +73,12 @@ def teardrop(u, v, rng):
     inside = union(size - r, np.minimum(np.minimum(tail, u), tip - u))
     return inside, pallor(r / rng.uniform(0.25, 0.45), rng.uniform(0.0, 0.7)), 0 * r
 
-
 def sickle(u, v, rng):
     """Without oxygen haemoglobin S polymerises; its fibres stretch the cell into a dense crescent with two points."""
     length, width = rng.uniform(1.2, 1.5), rng.uniform(0.32, 0.46)
     v = v - rng.uniform(0.6, 1.0) * np.square(u / length)  # bends the spindle, and leaves its middle at the centre
     inside = width * np.maximum(1 - np.square(u / length), -1) - np.abs(v)
     return inside, 1.05 - 0.6 * np.square(v), 0 * u
-
 
 def burr(u, v, rng):
     """Echinocyte: 10-30 short, even spicules all round (uraemia, or a slide that waited too long)."""
@@ -100,7 +87,6 @@ def burr(u, v, rng):
     wave = np.cos(int(count) * theta + phase + 0.9 * np.sin(2 * theta + phase))  # the sine: not quite regular
     outline = size * (1 + rng.uniform(0.05, 0.1) * (0.5 + 0.5 * wave) ** 1.5)
     return outline - r, pallor(r / rng.uniform(0.25, 0.5), rng.uniform(0.1, 0.65)), 0 * r
-
 
 def ring(u, v, rng):
     """Malaria, ring form: a young Plasmodium in a normal cell, a thin blue ring of cytoplasm with one chromatin dot."""
@@ -114,13 +100,11 @@ def ring(u, v, rng):
         azure = azure + rng.uniform(1.1, 1.8) * np.exp(-np.square(chromatin))
     return inside, haemoglobin, azure
 
-
 def stomatocyte(u, v, rng):
     """A cup seen from above: the pallor is a slit, a mouth (liver disease, alcohol, or slow drying)."""
     r = np.hypot(u, v) / rng.uniform(0.88, 1.1)
     q = np.hypot(u / rng.uniform(0.45, 0.62), (v + rng.uniform(-0.2, 0.2) * u * u) / rng.uniform(0.12, 0.2))
     return 1 - r, pallor(q, rng.uniform(0.45, 0.75)), 0 * r
-
 
 def schistocyte(u, v, rng):
     """A cell cut by fibrin in small vessels (TTP, DIC, a heart valve): a fragment with corners or horns, no pallor."""
@@ -133,13 +117,11 @@ def schistocyte(u, v, rng):
         cut = np.minimum(0.35 - sin(a) * v - cos(a) * u, 0.35 - sin(b) * v + cos(b) * u)
     return -union(-inside, -cut, 0.05), np.full_like(u, rng.uniform(0.8, 1.1)), 0 * u
 
-
 CLASSES = {  # function, share of all cells (the same in every source), how far it reaches in radii
     "normal": (normal, 0.46, 1.3), "spherocyte": (spherocyte, 0.06, 1.1), "target": (target, 0.06, 1.3),
     "elliptocyte": (elliptocyte, 0.06, 1.7), "teardrop": (teardrop, 0.06, 2.0), "sickle": (sickle, 0.06, 1.9),
     "burr": (burr, 0.06, 1.3), "ring": (ring, 0.06, 1.3), "stomatocyte": (stomatocyte, 0.06, 1.3),
     "schistocyte": (schistocyte, 0.06, 1.4)}
-
 
 # What else is on a slide, never labelled: it lies beside the cells and on them, in the colour of a parasite.
 
@@ -148,7 +130,6 @@ def platelet(u, v, rng):
     r, theta = np.hypot(u * rng.uniform(0.75, 1.3), v), np.arctan2(v, u)
     inside = 1 - r + 0.12 * np.cos(3 * theta + rng.uniform(0, 6)) + 0.08 * np.cos(7 * theta)
     return inside, 0.25 + 0 * r, (1 + 0.4 * rng.standard_normal(u.shape, np.float32)) * np.exp(-0.7 * r * r)
-
 
 def neutrophil(u, v, rng):
     """A white cell of 12-15 micrometres: pale granular plasma, a nucleus of three to five lobes on a thread."""
@@ -159,12 +140,10 @@ def neutrophil(u, v, rng):
     grain = 0.08 * rng.standard_normal(u.shape, np.float32)
     return 1 - r, 0.3 + 0 * r, 0.15 + grain + (1.2 + 2 * grain) / (1 + np.exp(-nucleus / 0.03))
 
-
 def dust(u, v, rng):
     """Dirt on the far side of the glass: out of focus, so it has no edge at all."""
     spot = rng.uniform(0.1, 0.35) * np.exp(-5 * (np.square(u * rng.uniform(0.7, 1.4)) + v * v))
     return np.ones_like(u), spot, spot
-
 
 # ------------------------------------------------------------------------------------------------ 2. the sources
 
@@ -182,14 +161,12 @@ class Source:
     slope: float      # light lost from one side to the other: a lamp off its axis
     quality: int      # of the JPEG
 
-
 SOURCES = (  # after the looks of Chula RBC-12
     Source("pink", (0.80, 0.80, 0.76), (0.14, 0.62, 0.48), (0.50, 1.05, 0.35), 1.00, 0.7, 2.0, 0.10, 0.05, 92),
     Source("blue", (0.52, 0.62, 0.66), (0.34, 0.60, 0.35), (0.75, 1.00, 0.25), 0.94, 1.0, 3.0, 0.22, 0.08, 88),
     Source("grey", (0.52, 0.52, 0.48), (0.12, 0.36, 0.30), (0.40, 0.90, 0.30), 1.08, 1.2, 2.5, 0.12, 0.15, 80),
     Source("yellow", (0.80, 0.76, 0.58), (0.26, 0.50, 0.52), (0.60, 0.95, 0.50), 1.00, 0.9, 4.0, 0.18, 0.10, 85),
     Source("bright", (0.92, 0.91, 0.97), (0.16, 0.56, 0.26), (0.65, 1.05, 0.25), 0.91, 0.8, 1.5, 0.04, 0.03, 95))
-
 
 # ------------------------------------------------------------------------------------------------ 3. an image
 
@@ -217,7 +194,6 @@ def stamp(slide, shape, reach, x, y, radius, rng):
     slide[0, y0:y1, x0:x1] += strength * cover * (haemoglobin * (1 + lean * u) + rim) - halo
     slide[1, y0:y1, x0:x1] += cover * azure
 
-
 def layout(rng, radius, taken):
     """Centres and radii (x, y, r) of an image's cells, in pixels, clear of those in `taken`; one in eight overlaps."""
     cells = list(taken)
@@ -235,12 +211,10 @@ def layout(rng, radius, taken):
                 break
     return cells[len(taken):]
 
-
 def cloud(rng, cells, amplitude):
     """Slow random variation [H, W], from a coarse grid of normal numbers: uneven stain, dried plasma."""
     grid = rng.normal(0, amplitude, (cells * 3 // 4, cells)).astype(np.float32)
     return np.asarray(Image.fromarray(grid).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC))
-
 
 def photograph(slide, source, seed, patient, rng):
     """Slide [2, H, W] of densities to an image, uint8 [H, W, 3], with the patient's stain and this image's light."""
@@ -258,7 +232,6 @@ def photograph(slide, source, seed, patient, rng):
     out = np.asarray(sharp.filter(ImageFilter.GaussianBlur(source.blur * rng.uniform(0.7, 1.4))))
     shot = source.noise * np.sqrt(np.arange(256, dtype=np.float32) / 255)  # photons: noise grows with light's root
     return (out + shot[out] * rng.standard_normal(out.shape, np.float32)).clip(0, 255).astype(np.uint8)
-
 
 def smear(seed, k):
     """Image k of a seed: (uint8 [H, W, 3], list of labelled cells (x, y, label), Source, number of the patient)."""
@@ -286,21 +259,20 @@ def smear(seed, k):
         stamp(slide, platelet, 1.4, x + rng.normal(0, 14), y + rng.normal(0, 14), rng.uniform(1.2, 2.5), rng)
     return photograph(slide, source, seed, patient, rng), labelled, source, patient
 
-
 def draw(out, images=200, seed=0):
     """Draw `images` smears into the folder `out`: smears/NNNN.jpg and cells.csv (image,x,y,label,group,source).
 
     image is relative to out; x, y are the cell's centre in pixels. Image k depends on seed and k alone. Returns the
-    path of cells.csv, which is written last. Raises UserError on bad numbers, and if out holds anything else than a
-    drawing of the same images and seed (returned as it is; drawn again if it was broken off).
+    path of cells.csv, which is written last. Raises ValueError on bad numbers, FileExistsError if out holds
+    anything else than a drawing of the same images and seed (returned as it is; drawn again if it was broken off).
     """
     if images < 1 or seed < 0:
-        raise UserError(f"images must be at least 1 and seed at least 0, not {images} and {seed}")
+        raise ValueError(f"images must be at least 1 and seed at least 0, not {images} and {seed}")
     out, recipe = Path(out), f"{images} smears of seed {seed}"
     marker, table = out / "drawn.txt", out / "cells.csv"
     same = marker.is_file() and marker.read_text() == recipe
     if out.exists() and not same and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} holds something else than {recipe}: name a new folder")
+        raise FileExistsError(f"{out} holds something else than {recipe}: name a new folder")
     if same and table.is_file(): return table
     (out / "smears").mkdir(parents=True, exist_ok=True)
     marker.write_text(recipe)
@@ -313,7 +285,6 @@ def draw(out, images=200, seed=0):
     with open(out / "cells.part", "w", newline="") as file: csv.writer(file).writerows(rows)
     return (out / "cells.part").replace(table)  # only ever whole
 
-
 def main():
     parser = argparse.ArgumentParser(description="Draw thin blood smears with labelled red cells.")
     parser.add_argument("out", help="folder to write to: OUT/smears/NNNN.jpg and OUT/cells.csv")
@@ -322,10 +293,9 @@ def main():
     args = parser.parse_args()
     try:
         print(draw(args.out, args.images, args.seed))
-    except (UserError, OSError) as error:
+    except (ValueError, OSError) as error:
         print(f"smears.py: error: {error}", file=sys.stderr)
         sys.exit(2)
-
 
 if __name__ == "__main__":
     main()
