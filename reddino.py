@@ -360,8 +360,11 @@ class Prototypes(nn.Module):
         self.weight_v = nn.Parameter(torch.empty(prototypes, dim))
         nn.init.trunc_normal_(self.weight_v, std=0.02)
 
+    def vectors(self) -> Tensor:
+        return self.weight_g * F.normalize(self.weight_v, dim=-1)  # [K, D]
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight_g * F.normalize(self.weight_v, dim=-1))
+        return F.linear(x, self.vectors())
 
 class DINOHead(nn.Module):
     """Tokens [*, D] to logits over prototypes [*, K]: 3-layer MLP, l2-normalised bottleneck, prototypes."""
@@ -373,9 +376,12 @@ class DINOHead(nn.Module):
         self.apply(init_linear)
         self.last_layer = Prototypes(bottleneck, prototypes)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def bottleneck(self, x: Tensor) -> Tensor:
         x = self.mlp(x)
-        return self.last_layer(F.normalize(x, dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12))
+        return F.normalize(x, dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last_layer(self.bottleneck(x))
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The teacher's targets. Its softmax alone would let everything fall onto one prototype. Two ways to prevent it:
@@ -405,11 +411,20 @@ def sinkhorn_knopp(logits: Tensor, temp: float, n_iters: int = 3) -> Tensor:
 
     RedDino: this instead of the moving average that is DINOv2's default (and, as there, 3 iterations). Alternately
     divide the columns of exp(logits / temp) by their sums, then the rows by theirs; ending with rows makes them sum to
-    1 exactly, while columns are balanced as well as n_iters allows. In the log domain, so that nothing overflows.
-    Textbooks scale columns to 1/K and rows to 1/R: constants that the next normalisation undoes, so R is not needed
-    and each process may hold a different number of rows.
+    1 exactly, while columns are balanced as well as n_iters allows. Textbooks scale columns to 1/K and rows to 1/R:
+    constants that the next normalisation undoes, so R is not needed and each process may hold a different number.
     """
-    log_q = widen(logits) / temp
+    logits = widen(logits)
+    top = all_reduce(logits.amax() if len(logits) else logits.new_tensor(-math.inf), dist.ReduceOp.MAX)
+    # All divisions so far are one factor for each row and one for each column: two vectors, and [R, K] stays as it is.
+    q, row, largest = torch.sub(logits, top).div_(temp).exp_(), logits.new_ones(len(logits), 1), logits.new_zeros(1)
+    for _ in range(n_iters):
+        column = 1 / all_reduce(row.T @ q)  # [1, K]
+        row = 1 / (q @ column.T)  # [R, 1]
+        largest = torch.cat([largest, column.flatten(), row.flatten()]).amax(keepdim=True)
+    if all_reduce(largest, dist.ReduceOp.MAX) < 1e30:
+        return q.mul_(row).mul_(column)
+    log_q = logits / temp  # what leaves float32's range there stays finite in the log domain, which takes longer
     for _ in range(n_iters):
         log_q = log_q - logsumexp_over_rows(log_q)
         log_q = log_q - torch.logsumexp(log_q, dim=1, keepdim=True)
@@ -473,6 +488,38 @@ def koleo_loss(x: Tensor, eps: float = 1e-8) -> Tensor:
         nearest = cosine.argmax(dim=1)
     return -(x - everyone[nearest]).norm(dim=-1).clamp_min(eps).log().mean()
 
+class ByRows(torch.autograd.Function):
+    """loss(tokens @ prototypes.T, *others): [R, D], [K, D] and whatever else has R rows to a scalar, a sum over rows.
+
+    At K = 131,072 the logits, their softmax and their gradient would outweigh all else in memory. Here they exist for
+    64 rows at a time: the gradient is taken at once, and what stays is that of tokens and prototypes.
+    """
+
+    SCALE = 1024.0  # a power of two costs no precision, and keeps small gradients from becoming 0 in float16
+
+    @staticmethod
+    def forward(ctx, loss, tokens, prototypes, *others):
+        total, d_tokens, d_prototypes = [], [], torch.zeros_like(prototypes)
+        for x, *rows in zip(*(t.split(64) for t in (tokens, *others))):
+            with torch.enable_grad():
+                logits = F.linear(x, prototypes).detach().requires_grad_()
+                part = loss(logits, *rows)
+                (d_logits,) = torch.autograd.grad(ByRows.SCALE * part, logits)
+            total.append(part.detach())
+            d_tokens.append(d_logits @ prototypes)
+            d_prototypes += d_logits.T @ x
+        ctx.save_for_backward(torch.cat(d_tokens).to(tokens), d_prototypes)
+        return torch.stack(total).sum()
+
+    @staticmethod
+    def backward(ctx, d_total):
+        d_tokens, d_prototypes = (d_total / ByRows.SCALE * d for d in ctx.saved_tensors)
+        return None, d_tokens, d_prototypes, *[None] * (len(ctx.needs_input_grad) - 3)
+
+def by_rows(loss, head: DINOHead, tokens: Tensor, *others: Tensor) -> Tensor:
+    """loss(head(tokens), *others), where loss is a sum over rows: see ByRows."""
+    return ByRows.apply(loss, head.bottleneck(tokens), head.last_layer.vectors(), *others)
+
 # ----------------------------------------------------------------------------------------------------------------------
 # One training step: student and teacher look at a batch, and out come the losses by name.
 
@@ -524,16 +571,20 @@ class DINO(nn.Module):
         # Class tokens: every student view against both teacher views, but a global one not against itself. RedDino:
         # 1 local view for DINOv2's 8. The sum over terms is divided by their number, so L does not change its scale.
         student_cls, student_patches = student["backbone"].forward_features(global_views, masks)
-        on_first, on_second = student["dino_head"](student_cls).chunk(2)
-        dino = dino_loss(on_first, second, cfg.student_temp) + dino_loss(on_second, first, cfg.student_temp)
+        tokens, targets = student_cls, torch.cat([second, first])  # [2B, D], [2B, K]
         if cfg.local_crops:
-            both = first + second  # cross-entropy is linear in the targets: one pass over [B, K] instead of two
-            for logits in student["dino_head"](student["backbone"](local_views)).chunk(cfg.local_crops):
-                dino = dino + dino_loss(logits, both, cfg.student_temp)
-        losses = {"dino": dino / (2 + 2 * cfg.local_crops)}
+            tokens = torch.cat([tokens, student["backbone"](local_views)])  # [2B + L*B, D]
+            targets = torch.cat([targets, *[first + second] * cfg.local_crops])  # linear in targets: one pass for both
 
-        logits = student[head](student_patches.flatten(0, 1)[masked])  # [M, K]
-        losses["ibot"] = cfg.ibot * ibot_loss(logits, patch_targets, weights, len(masks), cfg.student_temp)
+        def dino(logits: Tensor, targets: Tensor) -> Tensor:  # a sum over rows, each 1 / (B * number of terms)
+            rows = len(first) * (2 + 2 * cfg.local_crops)
+            return dino_loss(logits, targets, cfg.student_temp) * (len(logits) / rows)
+
+        def ibot(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+            return cfg.ibot * ibot_loss(logits, targets, weights, len(masks), cfg.student_temp)
+
+        losses = {"dino": by_rows(dino, student["dino_head"], tokens, targets),
+                  "ibot": by_rows(ibot, student[head], student_patches.flatten(0, 1)[masked], patch_targets, weights)}
         if cfg.koleo:  # RedDino: left out, as it pushes apart the many cells that are rightly alike
             losses["koleo"] = cfg.koleo * sum(koleo_loss(view) for view in student_cls.chunk(2))
         return losses
