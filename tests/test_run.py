@@ -1,9 +1,10 @@
 """reddino.py, the loop: resume, signals, full disks, bad files, bad numbers, several processes."""
 import errno
+import functools
+import itertools
 import json
 import math
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import timm
 import torch
 from corpus import bad_corpus, picture
 from PIL import Image
+from stress import stress
 
 import augment
 import reddino
@@ -190,30 +192,78 @@ def test_a_resumed_run_is_the_uninterrupted_one(centering, images, whole, tmp_pa
     assert_same_run(out, whole)
 
 
-def test_killed_at_any_moment(images, tmp_path):
-    """A real process: SIGTERM once, then kill -9 three times, wherever it happens to be."""
-    given = options(images, tmp_path / "out", iters=60, save_every=1, log_every=1, workers=1)
-    command = [sys.executable, "-c", SMALL + "reddino.main()", *line(given)]
-    chance = random.Random(0)
-    for which in (signal.SIGTERM, signal.SIGKILL, signal.SIGKILL, signal.SIGKILL):
-        before = len(metrics(tmp_path / "out")) if (tmp_path / "out/metrics.jsonl").exists() else 0
-        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        with subprocess.Popen(command, env=ENVIRONMENT, **pipes) as run:
-            seen = 0
-            for text in run.stdout:
-                seen += text.startswith("step ")
-                if seen == 4:
-                    break
-            time.sleep(0.2 * chance.random())
-            run.send_signal(which)
-            run.wait(60)  # not for the end of its output: a killed process's worker looks for it only every 5 s
-        assert run.returncode == (143 if which == signal.SIGTERM else -9)
-        newest = (tmp_path / "out/checkpoint.pth").exists()  # not if it was killed between two renames
-        saved = checkpoint(tmp_path / "out", "checkpoint.pth" if newest else "previous.pth")
-        assert saved["step"] >= before + 2  # what is there is whole, and each round has got on
-    go(images, tmp_path / "out", iters=60, save_every=100)
-    go(images, tmp_path / "whole", iters=60, save_every=100)
-    assert_same_run(tmp_path / "out", tmp_path / "whole")
+def test_killed_at_any_moment(tmp_path):
+    """Three rounds of tests/stress.py: two processes under torchrun, kill -9 at a random moment, bit for bit."""
+    summary = stress(tmp_path, rounds=3)
+    assert summary["rounds"] == 3 and summary["unreadable_checkpoints"] == 0
+
+
+SLOW = """
+forward, steps = reddino.DINO.forward, iter(range(10**6))
+def slow(self, *args):
+    if next(steps) == 4:
+        print("now", flush=True)
+        time.sleep(60)
+    return forward(self, *args)
+import time
+reddino.DINO.forward = slow
+reddino.main()
+"""
+
+
+def test_a_second_signal_exits_at_once(images, tmp_path):
+    given = options(images, tmp_path / "out", iters=60, save_every=1)
+    command = [sys.executable, "-c", SMALL + SLOW, *line(given)]
+    with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as run:
+        assert any(text == "now\n" for text in run.stdout)
+        run.send_signal(signal.SIGTERM)
+        time.sleep(2.5)
+        assert run.poll() is None  # it waits for its step
+        began = time.monotonic()
+        run.send_signal(signal.SIGTERM)
+        assert run.wait(30) == 143 and time.monotonic() - began < 20
+    assert checkpoint(tmp_path / "out")["step"] == 4
+
+
+def test_a_signal_to_the_launcher_saves(images, tmp_path):
+    """What a scheduler does: SIGTERM to torchrun, which passes it on."""
+    (tmp_path / "driver.py").write_text(SMALL + "if __name__ == '__main__': reddino.main()")
+    given = options(images, tmp_path / "out", iters=10**6, save_every=10**6, workers=1)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    with subprocess.Popen([*command, tmp_path / "driver.py", *line(given)], env=ENVIRONMENT) as run:
+        while not (tmp_path / "out/metrics.jsonl").exists() or len(metrics(tmp_path / "out")) < 5:
+            time.sleep(0.2)
+            assert run.poll() is None
+        run.send_signal(signal.SIGTERM)
+        assert run.wait(60) != 0
+    assert checkpoint(tmp_path / "out")["step"] == len(losses(tmp_path / "out")) >= 5
+
+
+def test_a_time_budget(images, tmp_path):
+    go(images, tmp_path, minutes=0.05)
+    steps, first = metrics(tmp_path), configure(**options(images, tmp_path)).momentum
+    assert 3 <= steps[-1]["seconds"] < 30 and len(steps) > 5
+    assert all(a["momentum"] <= b["momentum"] for a, b in itertools.pairwise(steps))
+    for before, now in itertools.pairwise(steps):  # the schedules follow the clock at the end of the step before
+        assert now["momentum"] == pytest.approx(reddino.cosine(first, 1, before["seconds"] / 3), abs=1e-6)
+    assert (tmp_path / "backbone.pth").exists()
+
+
+def test_a_scaler_that_searches_its_scale_is_no_fault(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0**28))
+    go(images, tmp_path, dtype="float16", iters=24)
+    skipped = [s["skipped"] for s in metrics(tmp_path)]
+    assert 3 < sum(skipped) < 20 and not skipped[-1], skipped
+    saved = checkpoint(tmp_path)
+    assert saved["scaler"]["scale"] == 2.0 ** (28 - sum(skipped))
+    go(images, tmp_path, dtype="float16", iters=26)  # and goes on with the scale that it has found
+    assert not any(s["skipped"] for s in metrics(tmp_path)[24:])
+
+
+def test_export(images, whole, tmp_path, capsys):
+    reddino.main(line(dict(out=whole, export=tmp_path / "vit.pth")))
+    assert_same(*(torch.load(path, weights_only=True) for path in (tmp_path / "vit.pth", whole / "backbone.pth")))
+    assert "no such file" in main(capsys, dict(out=tmp_path / "nothing", export=tmp_path / "x.pth"))
 
 
 def test_an_unreadable_checkpoint(images, whole, tmp_path, monkeypatch, capsys):
@@ -231,9 +281,9 @@ def test_an_unreadable_checkpoint(images, whole, tmp_path, monkeypatch, capsys):
     assert "checkpoint.pth" in said and "previous.pth" in said and newest.read_bytes() == b""
 
 
-def test_killed_between_the_two_renames(images, whole, tmp_path, monkeypatch):
+def test_without_the_newest_checkpoint(images, whole, tmp_path, monkeypatch):
     cut(monkeypatch, 6, images, tmp_path)
-    (tmp_path / "checkpoint.pth").rename(tmp_path / "checkpoint.pth.new")  # the older one has made room for it
+    (tmp_path / "checkpoint.pth").rename(tmp_path / "checkpoint.pth.new")  # a kill where there are no hard links
     go(images, tmp_path)
     assert_same_run(tmp_path, whole)
 
@@ -370,6 +420,7 @@ def test_more_broken_than_whole(tmp_path, capsys):
 
 
 def test_files_that_disappear(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(augment, "KEEP", 0)  # these few would be read once and kept
     for i in range(8):
         Image.fromarray(picture(48, 48, i)).save(tmp_path / f"{i}.png")
     out, gone = tmp_path / "out", [tmp_path / "2.png", tmp_path / "6.png"]
