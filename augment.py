@@ -7,6 +7,7 @@ local views, each through some of TRANSFORMS). Pixels are RGB uint8 all the way;
 Papers: RedDino (Zedda et al., MICCAI 2025), DINOv2 (Oquab et al., 2023), multi-crop (SwAV, Caron et al., 2020).
 """
 import argparse
+import itertools
 import logging
 import math
 import os
@@ -425,11 +426,21 @@ def worker_init(_):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
 
-def load(patches, crop, grid, seed, draws, workers, pin):
-    """Batches of draws, see collate; a generator, whose end is that of its workers. pin: for a GPU."""
-    yield from torch.utils.data.DataLoader(Views(patches, crop, grid, seed), batch_sampler=draws, collate_fn=collate,
-                                           num_workers=workers, worker_init_fn=worker_init, pin_memory=pin,
-                                           prefetch_factor=4 if workers else None)
+def batches(cfg, patches, start, patch, rank, world, workers, pin):
+    """This process's batches (see collate) from step `start` on, as reddino.Config says; a generator, whose end is that
+    of its `workers`. patch: pixels of a token, on whose grid the masks lie; pin: for a GPU."""
+    crop = MultiCrop(cfg.augment, cfg.global_size, cfg.local_size, cfg.local_crops,
+                     (cfg.global_scale, 1.0), (cfg.local_scale, cfg.global_scale), cfg.transforms)
+    steps = itertools.count(start) if cfg.minutes else range(start, cfg.iters)
+    draws = Draws(patches, steps, cfg.batch_size, cfg.seed, cfg.balance, rank, world)
+    yield from torch.utils.data.DataLoader(
+        Views(patches, crop, cfg.global_size // patch, cfg.seed), batch_sampler=draws, collate_fn=collate,
+        num_workers=workers, worker_init_fn=worker_init, pin_memory=pin, prefetch_factor=4 if workers else None)
+
+def normalise(views, device, dtype):
+    """uint8 crops to the device (a quarter of the bytes of floats), and there to ImageNet's mean 0 and std 1."""
+    mean, std = (torch.tensor(v, device=device, dtype=dtype).view(3, 1, 1) for v in (MEAN, STD))
+    return (views.to(device, non_blocking=True).to(dtype) / 255 - mean) / std
 
 # ---------------------------------------------------------------------------------------------------------------------
 

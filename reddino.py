@@ -21,11 +21,9 @@ G = 2 global views each, L local views each, N patch tokens a view, D dimensions
 """
 
 import argparse
-import collections
 import contextlib
 import dataclasses
 import datetime
-import itertools
 import json
 import math
 import multiprocessing
@@ -47,7 +45,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from augment import MEAN, STD, Draws, MultiCrop, Patches, UserError, load
+from augment import Patches, UserError, batches, normalise
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Configuration. Every option, its default, what it does and where the number comes from; the command line is made from
@@ -156,11 +154,7 @@ def configure(**given) -> Config:
 def parse_args(argv: list[str]) -> Config:
     """The command line, made from Config. Without --data the default architecture is `nano`, for the demo."""
     parser = argparse.ArgumentParser("reddino.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
-
-    def error(message):
-        raise UserError(f"{message} (see --help)")
-
-    parser.error = error
+    parser.error = lambda message: parser.exit(2, f"reddino.py: error: {message} (see --help)\n")  # without the usage
     for field in dataclasses.fields(Config):
         default, kind = field.default, dict(choices=field.metadata["choices"], type=type(field.default))
         if default is dataclasses.MISSING:  # --data
@@ -188,12 +182,11 @@ def resize_pos_embed(pos: Tensor, height: int, width: int, registers: int = 0) -
     n = math.isqrt(pos.shape[1] - 1)
     if (height, width) == (n, n):
         return pos
-    grid = pos[:, 1:].float().reshape(1, n, n, -1).permute(0, 3, 1, 2)  # [1, D, n, n]
+    size = dict(scale_factor=((height + 0.1) / n, (width + 0.1) / n))  # the factors themselves are what is used
     if registers:
-        grid = F.interpolate(grid, size=(height, width), mode="bicubic", antialias=True)
-    else:
-        scale = ((height + 0.1) / n, (width + 0.1) / n)
-        grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")  # the scale itself is used, not size ratios
+        size = dict(size=(height, width), antialias=True)
+    grid = pos[:, 1:].float().reshape(1, n, n, -1).permute(0, 3, 1, 2)  # [1, D, n, n]
+    grid = F.interpolate(grid, mode="bicubic", **size)
     grid = grid.flatten(2).transpose(1, 2).to(pos.dtype)  # [1, height*width, D]
     return torch.cat([pos[:, :1], grid], dim=1)
 
@@ -282,17 +275,13 @@ class VisionTransformer(nn.Module):
         self.img_size, self.patch_size, self.embed_dim, self.registers = img_size, patch_size, embed_dim, registers
         self.checkpoint_activations = False
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, embed_dim, patch_size, stride=patch_size)})
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (img_size // patch_size) ** 2, embed_dim))
-        self.register_tokens = nn.Parameter(torch.zeros(1, registers, embed_dim)) if registers else None
+        self.cls_token = nn.Parameter(1e-6 * torch.randn(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + (img_size // patch_size) ** 2, embed_dim))
+        self.register_tokens = nn.Parameter(1e-6 * torch.randn(1, registers, embed_dim)) if registers else None
         self.mask_token = nn.Parameter(torch.zeros(1, embed_dim))
         ffn = SwiGLU if swiglu else Mlp
         self.blocks = nn.ModuleList(Block(embed_dim, heads, ffn, layerscale, drop_path) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        nn.init.normal_(self.cls_token, std=1e-6)
-        if registers:
-            nn.init.normal_(self.register_tokens, std=1e-6)
         self.apply(init_linear)
 
     def tokens(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
@@ -682,20 +671,15 @@ def write_aside(path: Path, state: dict | list, keep: Path | None = None):
             os.replace(path, keep)
     os.replace(aside, path)
     if os.name == "posix":  # the names are in the folder, which is a file of its own
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
+        os.fsync(folder := os.open(path.parent, os.O_RDONLY))
         os.close(folder)
 
-def find_checkpoint(cfg: Config, there: list[Path]) -> tuple[dict | None, str]:
-    """The checkpoint to go on from, there: what OUT holds, and a line that says so; None for a new run."""
-    if cfg.resume == "never":
-        if there and not cfg.overwrite:
-            raise UserError(f"{cfg.out} holds a run: --resume auto goes on with it, --overwrite replaces it")
-        return None, ""
+def read_checkpoint(paths: list[Path]) -> tuple[dict | None, str]:
+    """The first of these that can be read, and a line that says so (None without any). Raises UserError if none can."""
     from eval import load_file
 
     said = []
-    for path in [p for p in there if p.suffix == ".pth"] if cfg.resume == "auto" else [Path(cfg.resume)]:
+    for path in paths:
         try:
             saved = load_file(path)
             if not {"step", "student", "optimizer", "config"} <= set(saved):
@@ -718,7 +702,11 @@ def prepare(cfg: Config, world: int) -> tuple[Patches, dict | None, str]:
     except OSError as error:
         raise UserError(f"--out {cfg.out}: can't write there ({error.strerror})") from None
     files = [Path(cfg.out, name) for name in ("checkpoint.pth", "previous.pth", "metrics.jsonl", "skipped.txt")]
-    saved, note = find_checkpoint(cfg, [path for path in files if path.exists()])
+    there = [path for path in files if path.exists()]
+    if cfg.resume == "never" and there and not cfg.overwrite:
+        raise UserError(f"{cfg.out} holds a run: --resume auto goes on with it, --overwrite replaces it")
+    checkpoints = {"auto": [path for path in there if path.suffix == ".pth"], "never": []}
+    saved, note = read_checkpoint(checkpoints.get(cfg.resume, [Path(cfg.resume)]))
     patches = Patches(cfg.data, cfg.patch_size)
     if len(patches) < cfg.batch_size:
         raise UserError(f"{len(patches)} patches are fewer than --batch-size {cfg.batch_size}: lower it, or add images")
@@ -736,22 +724,7 @@ def prepare(cfg: Config, world: int) -> tuple[Patches, dict | None, str]:
     return patches, saved, note
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Machine: batches, processes, devices, and what a step costs.
-
-def batches_of(cfg: Config, patches: Patches, start: int, rank: int, world: int, device: torch.device):
-    """This process's batches from step `start` on: see augment.load."""
-    crop = MultiCrop(cfg.augment, cfg.global_size, cfg.local_size, cfg.local_crops,
-                     (cfg.global_scale, 1.0), (cfg.local_scale, cfg.global_scale), cfg.transforms)  # fmt: skip
-    steps = itertools.count(start) if cfg.minutes else range(start, cfg.iters)
-    draws = Draws(patches, steps, cfg.batch_size, cfg.seed, cfg.balance, rank, world)
-    workers = cfg.workers if cfg.workers >= 0 else min(cores(), 16) if device.type == "cuda" else 1
-    grid = cfg.global_size // ARCHS[cfg.arch]["patch_size"]
-    return load(patches, crop, grid, cfg.seed, draws, workers, pin=device.type == "cuda")
-
-def normalise(views: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """uint8 crops to the device (a quarter of the bytes of floats), and there to ImageNet's mean 0 and std 1."""
-    mean, std = (torch.tensor(v, device=device, dtype=dtype).view(3, 1, 1) for v in (MEAN, STD))
-    return (views.to(device, non_blocking=True).to(dtype) / 255 - mean) / std
+# Machine: devices, processes, and what a step costs.
 
 def cores() -> int:
     """CPU cores for each process on this machine."""
@@ -761,7 +734,7 @@ def cores() -> int:
 def choose_device(cfg: Config) -> tuple[torch.device, torch.dtype]:
     """Device and dtype of matrix products. Raises UserError for a device that isn't there."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = cfg.device if cfg.device != "auto" else next(d for d in there if there[d])
+    name = next(d for d in there if there[d]) if cfg.device == "auto" else cfg.device
     if not there[name]:
         raise UserError(f"--device {name}: PyTorch finds none here; --device auto takes what there is")
     device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
@@ -831,12 +804,12 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 def interrupts():
     """A list that SIGTERM and SIGINT are put into: they ask for a stop after the step in hand. Another, 2 s after the
     first or more, exits at once (before that it's an echo: torchrun passes on what the terminal has sent to all)."""
-    caught, first = [], []
+    caught, times = [], []
 
     def note(which, _):
-        if first and time.monotonic() - first[0] > 2:
+        caught.append(which), times.append(time.monotonic())
+        if times[-1] - times[0] > 2:
             os._exit(128 + which)
-        caught.append(which), first.append(time.monotonic())
 
     before = {which: signal.signal(which, note) for which in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -850,11 +823,10 @@ class Journal:
 
     def __init__(self, out: Path, start: int, writes: bool):
         self.writes, self.skipped, self.skipped_file = writes, {}, out / "skipped.txt"
-        path, kept = out / "metrics.jsonl", []
-        if writes:
-            if start and path.exists():  # what came after the checkpoint is done again; the last line may be cut short
-                whole = [line for line in path.read_text().splitlines(True) if line.endswith("}\n")]
-                kept = [line for line in whole if json.loads(line)["step"] < start]
+        path = out / "metrics.jsonl"
+        if writes:  # what came after the checkpoint is done again; the last line may be cut short
+            lines = path.read_text().splitlines(True) if start and path.exists() else []
+            kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] < start]
             path.with_suffix(".new").write_text("".join(kept))
             os.replace(path.with_suffix(".new"), path)
         self.metrics = open(path if writes else os.devnull, "a")  # noqa: SIM115  (open as long as the run)
@@ -878,24 +850,22 @@ class Journal:
             raise UserError(f"{len(self.skipped)} files can't be read, more than half: see {self.skipped_file}")
 
 class Watch:
-    """Signs of collapse, the failure that DINO's users report most, for next to nothing: from the teacher's class
-    tokens of the last 2,048 views or more, how many prototypes they are nearest to, their spread, their rank."""
+    """Signs of collapse, the failure that DINO's users report most, for next to nothing: from the teacher's last 2,048
+    class tokens, how many prototypes they are nearest to, their spread on the unit sphere, their effective rank."""
 
     def __init__(self):
-        self.seen, self.warned = [], False
+        self.tokens, self.nearest, self.warned = torch.empty(0), torch.empty(0, dtype=torch.long), False
 
     def note(self, signs: dict[str, Tensor]):
-        self.seen.append((signs["cls"].float(), signs["nearest"]))
-        while sum(len(cls) for cls, _ in self.seen[1:]) >= 2048:
-            self.seen.pop(0)
+        self.tokens = torch.cat([self.tokens.to(signs["cls"].device), signs["cls"].float()])[-2048:]
+        self.nearest = torch.cat([self.nearest.to(signs["cls"].device), signs["nearest"]])[-2048:]
 
     def signs(self) -> dict[str, float]:
         """Nothing until there are enough tokens: the rank of few is low for no fault of the network."""
-        tokens, nearest = map(torch.cat, zip(*self.seen)) if self.seen else ((), ())
-        if len(tokens) < 2048:
+        if len(self.tokens) < 2048:
             return {}
-        spread = float(F.normalize(tokens, dim=1).std(0).norm())
-        return {"rank": effective_rank(tokens), "std": spread, "in_use": len(nearest.unique())}
+        spread = float(F.normalize(self.tokens, dim=1).std(0).norm())
+        return {"rank": effective_rank(self.tokens), "std": spread, "in_use": len(self.nearest.unique())}
 
     def warning(self, signs: dict[str, float], entropy: float, prototypes: int) -> str:
         """In words, once: the class tokens all but one and the same, or a teacher without an opinion on any image."""
@@ -960,11 +930,13 @@ def train(cfg: Config) -> Path:
     faults, bad_in_a_row, waited, began = {}, 0, 0.0, time.monotonic() - elapsed
     since, since_step = time.monotonic(), step
 
-    with interrupts() as caught, contextlib.closing(batches_of(cfg, patches, step, rank, world, device)) as batches:
+    workers = cfg.workers if cfg.workers >= 0 else min(cores(), 16) if device.type == "cuda" else 1
+    loader = batches(cfg, patches, step, vit.patch_size, rank, world, workers, pin=device.type == "cuda")
+    with interrupts() as caught, contextlib.closing(loader):
         while (done := elapsed / 60 / cfg.minutes if cfg.minutes else step / cfg.iters) < 1:
             # --- a batch
             waiting = time.monotonic()
-            *views, masks, indices, new_faults = next(batches)
+            *views, masks, indices, new_faults = next(loader)
             waited += time.monotonic() - waiting
             faults |= new_faults
 
@@ -1007,7 +979,7 @@ def train(cfg: Config) -> Path:
             journal.step({"step": step, **numbers, **now, **signs, "skipped": not finite})
             step += 1
             if step % cfg.log_every == 0 or last:
-                journal.skip(dict(collections.ChainMap(*gather(faults))), patches)
+                journal.skip({k: v for share in gather(faults) for k, v in share.items()}, patches)
                 seconds, steps = time.monotonic() - since, step - since_step
                 eta = 60 * cfg.minutes - elapsed if cfg.minutes else seconds / steps * (cfg.iters - step)
                 terms = " ".join(f"{name} {numbers[name]:.3f}" for name in losses)
