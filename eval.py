@@ -9,7 +9,7 @@
            are left out); or a folder that holds one folder of images per class.
 --weights  any number of: our checkpoints and backbone.pth; DINOv2's, RedDino's and timm's files; dinov2_vits14 and its
            sisters; resnet50 and torchvision's other classifiers; and what their scores have to be compared with:
-           random   an untrained network of the first checkpoint's shape (or random:vits14, random:resnet50);
+           random   an untrained network of the first checkpoint's shape, or of nano's;
            pixels   the crop itself, 16 x 16;
            colour   its histogram. A backbone that scores like this one is a detector of stains.
 
@@ -21,6 +21,7 @@ drawing groups, not cells, anew. Leaving one source out asks what a laboratory a
 import argparse
 import copy
 import csv
+import difflib
 import hashlib
 import importlib.util
 import itertools
@@ -32,7 +33,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from augment import MEAN, STD, BadImage, UserError, find_images, read_image
-from reddino import VisionTransformer, build_vit, normalise, resize_pos_embed, write_aside
+from reddino import VisionTransformer, build_vit, choose_device, configure, normalise, resize_pos_embed, write_aside
 
 PROTOCOLS = ("knn", "linear", "fewshot")
 SCORES = {"accuracy": "accuracy", "balanced_accuracy": "balanced", "macro_f1": "macro F1", "weighted_f1": "weighted F1",
@@ -62,12 +63,13 @@ class Cells:
     centre: np.ndarray | None  # [n, 2] x, y in pixels; None: an image is a cell
     label: np.ndarray  # index into classes
     classes: list[str]
-    image: np.ndarray  # cells with the same number are of one image: of files with the same content
+    image: np.ndarray  # cells with the same number are of one image: of files with the same pixels
     group: np.ndarray  # cells with the same number stay together: the CSV's groups, or the images
-    by: str  # "group" or "image"
+    by: str = "image"  # or "group"
     source: np.ndarray | None = None  # index into sources
-    sources: tuple[str, ...] = ()
+    sources: list[str] = field(default_factory=list)
     split: np.ndarray | None = None  # "train" or "test"
+    skipped: dict[str, str] = field(default_factory=dict)  # files that can't be read, and why
     digest: str = ""  # of all that the crops depend on
 
 def csv_rows(path: str) -> list[dict]:
@@ -91,11 +93,28 @@ def csv_rows(path: str) -> list[dict]:
             raise UserError(f"{path}, line {row['line']}: image is {row['image']}, which is not there")
     return rows
 
-def file_digest(path: str) -> str:
+def look(path: str) -> dict | BadImage:
+    """Size of an image and digest of its pixels, or why there are none."""
     try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest() if os.path.isfile(path) else path
-    except OSError:  # reported when its pixels are wanted
-        return path
+        image = read_image(path, writable=False)
+    except BadImage as bad:
+        return bad
+    content = hashlib.sha256(f"{image.shape}".encode() + image.tobytes()).hexdigest()
+    return {"height": image.shape[0], "width": image.shape[1], "content": content}
+
+def readable(rows: list[dict]) -> tuple[list[dict], dict[str, str]]:
+    """The rows whose image can be read, each with what look says, sorted by image; and the other images' reasons."""
+    files = sorted({r["image"] for r in rows})
+    with ThreadPoolExecutor() as pool:
+        looks = dict(zip(files, pool.map(look, files)))
+    skipped = {path: bad.reason for path, bad in looks.items() if isinstance(bad, BadImage)}
+    if len(skipped) > len(files) / 2:
+        raise UserError(f"{len(skipped)} of {len(files)} images can't be read; {BadImage(*min(skipped.items()))}")
+    rows = [r | looks[r["image"]] for r in sorted(rows, key=lambda r: r["image"]) if r["image"] not in skipped]
+    for row in rows:
+        if "x" in row and not (0 <= float(row["x"]) <= row["width"] and 0 <= float(row["y"]) <= row["height"]):
+            raise UserError("x={x}, y={y} is outside of {image}, which has {width}x{height} pixels".format(**row))
+    return rows, skipped
 
 def read_cells(data: str, drop_labels=()) -> Cells:
     """The labelled cells of a CSV or of class folders; UserError for all that would make their scores meaningless."""
@@ -107,38 +126,37 @@ def read_cells(data: str, drop_labels=()) -> Cells:
     labels = sorted({r["label"] for r in rows})
     if unknown := set(drop_labels) - set(labels):
         raise UserError(f"--drop-label {min(unknown)}: the labels are {', '.join(labels)}")
-    rows = [r for r in rows if r["label"] not in drop_labels and r.get("split", "test") in ("train", "test")]
+    rows, skipped = readable([r for r in rows if r["label"] not in drop_labels
+                              and r.get("split", "test") in ("train", "test")])
     if len({r["label"] for r in rows}) < 2:
         raise UserError(f"--data {data}: {len(rows)} cells, not of two classes; give a CSV or FOLDER/CLASS/*.png")
-    rows.sort(key=lambda r: r["image"])
 
     def column(name):  # its different values, and the index of each cell's
         values, index = np.unique([r[name] for r in rows], return_inverse=True) if name in rows[0] else ([], None)
         return [str(v) for v in values], index
 
     (classes, label), (files, file), (sources, source) = column("label"), column("image"), column("source")
-    group, split = column("group")[1], np.array([r["split"] for r in rows]) if "split" in rows[0] else None
-    if np.bincount(label).min() < 2:
-        raise UserError(f"class {classes[np.bincount(label).argmin()]!r} has one cell, which can't be both learnt and "
-                        "tested; label more of it or leave it out with --drop-label")
-    with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(file_digest, files))
-    image = np.unique(digests, return_inverse=True)[1][file]  # under two names it is one (Chula has 18 such)
-    by, group = ("image", image) if group is None else ("group", group)
+    by, image = "group" if "group" in rows[0] else "image", column("content")[1]  # Chula has 18 under two names
+    group, split = column("group")[1] if by == "group" else image, None
+    if "split" in rows[0]:
+        split = np.array([r["split"] for r in rows])
+    if (counts := np.bincount(label)).min() < 2:
+        raise UserError(f"class {classes[counts.argmin()]!r} has one cell, which can't be both learnt and tested; "
+                        "label more of it or leave it out with --drop-label")
     if len(np.unique(group if split is None else split)) < 2:
         raise UserError(f"--data {data}: all cells are of one {by if split is None else 'split'}; that can't be split")
     centre = np.array([(r["x"], r["y"]) for r in rows], float) if "x" in rows[0] else None
     if centre is not None and centre.max() <= 1:
         raise UserError(f"{data}: x and y look like fractions of the image's size; they have to be pixels")
-    content = os.fsencode("".join(digests)) + file.tobytes() + (b"" if centre is None else centre.tobytes())
-    return Cells(files, file, centre, label, classes, image, group, by, source, tuple(sources), split,
-                 hashlib.sha256(content).hexdigest())
+    digest = hashlib.sha256(repr([(r["content"], r.get("x"), r.get("y")) for r in rows]).encode()).hexdigest()
+    return Cells(files, file, centre, label, classes, image, group, by, source, sources, split, skipped, digest)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Weights: a backbone's state dict under DINOv2's names, from whatever layout it was published in. Everything is read
 # with weights_only=True: a .pth is a pickle, and a hostile one would otherwise run its code here.
 
-HUB = "https://dl.fbaipublicfiles.com/dinov2/dinov2_{0}/dinov2_{0}{1}_pretrain.pth"  # 0: vits14 ...; 1: _reg4 or none
+HUB = "https://dl.fbaipublicfiles.com/dinov2/dinov2_{0}/dinov2_{0}{1}_pretrain.pth"
+DINOV2 = {f"dinov2_vit{s}14{r.rstrip('4')}": HUB.format(f"vit{s}14", r) for s in "sblg" for r in ("", "_reg4")}
 
 def load_file(path: str | Path) -> dict:
     """The dict in a .pth or .safetensors file; UserError in one line if there is none."""
@@ -152,10 +170,8 @@ def load_file(path: str | Path) -> dict:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except ImportError:
         raise UserError(f"{path}: pip install safetensors to read it") from None
-    except Exception as error:  # torch.load raises a different type for each way in which a file can be wrong
-        unsafe = "Unsupported" in str(error) or "weights_only" in str(error)
-        why = "refused: it holds more than tensors and plain values" if unsafe else "not a file that PyTorch can read"
-        raise UserError(f"{path}: {why}") from None
+    except Exception:  # torch.load raises a different type for each way in which a file can be wrong
+        raise UserError(f"{path}: no PyTorch file, or refused as it holds more than tensors and plain values") from None
     if not isinstance(loaded, dict):
         raise UserError(f"{path}: holds a {type(loaded).__name__}, not a state dict")
     return loaded
@@ -164,13 +180,12 @@ def read_backbone(path_or_name: str) -> dict[str, Tensor]:
     """A backbone's state dict in DINOv2's names, from: our checkpoints and backbone.pth; DINOv2's .pth; RedDino's and
     DinoBloom's {"teacher": {"backbone.…"}}; timm's layout; or a name (dinov2_vits14, dinov2_vitb14_reg, ...), which
     is downloaded. Raises UserError for anything else."""
-    name = re.fullmatch(r"dinov2_(vit[sblg]14)(_reg)?", str(path_or_name))
-    if name and not Path(path_or_name).exists():
-        url = HUB.format(name[1], "_reg4" if name[2] else "")
+    url = DINOV2.get(str(path_or_name))
+    if url and not Path(path_or_name).exists():
         try:
             state = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
         except OSError as error:
-            raise UserError(f"{name[0]}: can't download {url} ({error}); fetch it elsewhere, pass its path") from None
+            raise UserError(f"{path_or_name}: can't download {url} ({error}); fetch it, pass its path") from None
     else:
         state = load_file(path_or_name)
     for wrapper in ("teacher", "model", "state_dict"):
@@ -183,20 +198,17 @@ def read_backbone(path_or_name: str) -> dict[str, Tensor]:
     state = {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", k): v for k, v in state.items()}  # DINOv2's block chunks
     if not {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= set(state):
         raise UserError(f"{path_or_name}: holds no vision transformer in DINOv2's or timm's layout")
-    return from_timm(state)
-
-def from_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """timm's names and shapes to DINOv2's; a state dict that has DINOv2's comes back as it is."""
+    # What is left is timm's: names, a classifier, and no position of the class token, since that is added to the token.
     renames = {"reg_token": "register_tokens"}
     fc1, fc2 = (state.get(f"blocks.0.mlp.{name}.weight") for name in ("fc1", "fc2"))
     if fc1 is not None and fc1.shape[0] == 2 * fc2.shape[1]:  # fc1 gives gate and value: timm's packed SwiGLU
         renames |= {"mlp.fc1": "mlp.w12", "mlp.fc2": "mlp.w3"}
     for old, new in renames.items():
-        state = {k.replace(old, new): v for k, v in state.items()}
+        state = {k.replace(old, new): v for k, v in state.items() if not k.startswith("head.")}
     pos = state["pos_embed"]
-    if math.isqrt(pos.shape[1]) ** 2 == pos.shape[1]:  # timm adds the class token's position to the token itself
+    if math.isqrt(pos.shape[1]) ** 2 == pos.shape[1]:
         state["pos_embed"] = torch.cat([torch.zeros_like(pos[:, :1]), pos], dim=1)
-    return {k: v for k, v in state.items() if not k.startswith("head.")}
+    return state
 
 def vit_from_state(state: dict[str, Tensor], img_size: int | None = None) -> VisionTransformer:
     """A VisionTransformer in eval mode that fits a state dict of read_backbone and holds it. img_size: the size whose
@@ -211,12 +223,10 @@ def vit_from_state(state: dict[str, Tensor], img_size: int | None = None) -> Vis
 
 def load_weights(vit: VisionTransformer, state: dict[str, Tensor], source: str = "the weights") -> str:
     """Load a state dict of read_backbone, positions stretched to vit's size; says in one line what was loaded.
-
-    UserError if it is another architecture's.
-    """
+    UserError if it is another architecture's."""
     grid = vit.img_size // vit.patch_size
     state = dict(state)
-    state["pos_embed"] = resize_pos_embed(state["pos_embed"], grid, grid, state.get("register_tokens") is not None)
+    state["pos_embed"] = resize_pos_embed(state["pos_embed"], grid, grid, "register_tokens" in state)
     own = vit.state_dict()
     wrong = [k for k, v in state.items() if k in own and own[k].shape != v.shape]
     missing = [k for k in own if k not in state and k not in ("mask_token", "register_tokens")]
@@ -241,23 +251,27 @@ class Colour(nn.Module):
         return counts.flatten().bincount(minlength=BINS * len(bins)).view(len(x), -1).sqrt() / x.shape[3]  # [B, 3 BINS]
 
 def make_backbone(name: str, like: nn.Module | None) -> nn.Module:
-    from torchvision.models import get_model, list_models  # takes a second, which the training's demo need not wait for
+    import torchvision.models as zoo  # takes a second, which the training's demo need not wait for
 
-    arch = name.removeprefix("random").removeprefix(":")
+    classifiers = zoo.list_models(module=zoo)
+    if os.path.isfile(name) or name in DINOV2:
+        return vit_from_state(read_backbone(name))
     if name in ("pixels", "colour"):
         return nn.Flatten() if name == "pixels" else Colour()
-    if arch in list_models() and not os.path.exists(name):
+    if name in classifiers:
         try:
-            model = get_model(arch, weights="DEFAULT" if arch == name else None)  # trained on ImageNet
+            model = zoo.get_model(name, weights="DEFAULT")  # trained on ImageNet
         except OSError as error:
             raise UserError(f"--weights {name}: torchvision can't download it ({error})") from None
-        setattr(model, next(n for n in ("fc", "classifier", "heads", "head") if hasattr(model, n)), nn.Identity())
-        return nn.Sequential(model, nn.Flatten())  # what its classifier would have seen, [B, D]
-    if arch == name:
-        return vit_from_state(read_backbone(name))
+        *_, last = (part for part, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d))
+        model.set_submodule(last, nn.Identity())  # features are what the layer that names the classes would have seen
+        return model
+    if name != "random":
+        near = difflib.get_close_matches(name, ["random", "pixels", "colour", *DINOV2, *classifiers], 1)
+        raise UserError(f"--weights {name}: no such file or name" + (f"; is it {near[0]}?" if near else ""))
     # LayerScale 1: at DINOv2's 1e-5 class tokens of an untrained network are alike up to rounding, which is a straw man
-    if arch or like is None:
-        return build_vit(arch or "nano", 224 if arch else 64, layerscale=1.0)
+    if like is None:
+        return build_vit("nano", 64, layerscale=1.0)
     shape = like.img_size, like.patch_size, like.embed_dim, len(like.blocks), like.embed_dim // 64
     return VisionTransformer(*shape, swiglu=hasattr(like.blocks[0].mlp, "w12"), layerscale=1.0)
 
@@ -265,12 +279,7 @@ def load_backbone(name: str, size: int | None = None, device: str = "auto", like
     """A frozen backbone by path or name (see --weights) that maps images [B, 3, size, size] to features [B, D], with
     .size, .device and .digest (of its weights). UserError if there is none. size: default what its positions were
     trained at, at most 224. like: a network whose shape `random` takes."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.zeros(1, device=device).device
-    except (RuntimeError, AssertionError):
-        raise UserError(f"--device {device}: there is none here") from None
+    device, _ = choose_device(configure(device=device))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         backbone = make_backbone(str(name), like).eval().requires_grad_(False)
@@ -287,36 +296,23 @@ def load_backbone(name: str, size: int | None = None, device: str = "auto", like
 # ----------------------------------------------------------------------------------------------------------------------
 # Features. Threads decode the files, each once for all of its cells.
 
-def window(image: np.ndarray, left: int, top: int, side: int) -> Tensor:
-    """A square of uint8 [H, W, 3] as [3, side, side]. Beyond the border the edge goes on: black would be a hint."""
-    rows = (top + np.arange(side)).clip(0, image.shape[0] - 1)
-    columns = (left + np.arange(side)).clip(0, image.shape[1] - 1)
-    return torch.from_numpy(image[rows[:, None], columns]).permute(2, 0, 1)
-
 def cut(path: str, centres: np.ndarray | None, crop: int, size: int) -> Tensor:
-    """The cells of one file, uint8 [k, 3, crop, crop]; or all of the file in a square of `size`, its shape kept."""
+    """The cells of one file, uint8 [k, 3, crop, crop]; or all of the file in a square of `size`, its shape kept.
+    Beyond the border the edge goes on: black would be a hint."""
     image = read_image(path)
-    height, width = image.shape[:2]
     if centres is None:
-        height, width = (max(1, round(n * size / max(image.shape))) for n in (height, width))
+        height, width = (max(1, round(n * size / max(image.shape))) for n in image.shape[:2])
         image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
-        return window(image, (width - size) // 2, (height - size) // 2, size)[None]
-    for x, y in centres:
-        if not (0 <= x <= width and 0 <= y <= height):
-            raise UserError(f"a cell at x={x:g}, y={y:g} is outside {path}, which has {width}x{height} pixels")
-    return torch.stack([window(image, x, y, crop) for x, y in np.rint(centres).astype(int) - crop // 2])
+        centres, crop = np.array([(width // 2, height // 2)]), size
+    image = np.pad(image, ((crop, crop), (crop, crop), (0, 0)), mode="edge")
+    cells = [image[y : y + crop, x : x + crop] for x, y in np.rint(centres).astype(int) + crop - crop // 2]
+    return torch.from_numpy(np.stack(cells)).permute(0, 3, 1, 2)
 
-def crops_of(cells: Cells, crop: int, size: int, skipped: dict):
-    """Yields all cells in order, uint8 [b, 3, side, side], about 256 at a time. Those of files that can't be read are
-    black; `skipped` gets {path: reason}."""
+def crops_of(cells: Cells, crop: int, size: int):
+    """Yields all cells in order, uint8 [b, 3, side, side], about 256 at a time."""
     def read(f):
         here = slice(*np.searchsorted(cells.file, (f, f + 1)))
-        try:
-            return cut(cells.files[f], None if cells.centre is None else cells.centre[here], crop, size)
-        except BadImage as bad:
-            skipped[bad.path] = bad.reason
-            side = size if cells.centre is None else crop
-            return torch.zeros(here.stop - here.start, 3, side, side, dtype=torch.uint8)
+        return cut(cells.files[f], None if cells.centre is None else cells.centre[here], crop, size)
 
     batch = math.ceil(256 * len(cells.files) / len(cells.file))
     with ThreadPoolExecutor() as pool:
@@ -343,29 +339,28 @@ def extract_features(backbone: nn.Module, images, patch_tokens: bool = False, ba
     tokens = tuple(torch.cat(p) for p in zip(*parts))
     return tokens if patch_tokens else tokens[0]
 
-def embed(label: str, backbone: nn.Module, cells: Cells, crop: int, out, log) -> tuple[Tensor, dict]:
-    """Features [n, D] of all cells, NaN where the file can't be read, and those files: {path: reason}. Kept in `out`
-    under a name made of the content of weights, images and preprocessing: the next protocol costs seconds."""
+def embed(label: str, backbone: nn.Module, cells: Cells, crop: int, out, log) -> Tensor:
+    """Features [n, D] of all cells. Kept in `out` under a name made of the content of weights, images, preprocessing:
+    the next protocol costs seconds. UserError if they are not finite."""
     key = hashlib.sha256(f"{backbone.digest}{cells.digest}{crop} {backbone.size} {backbone.device.type}".encode())
-    cache = out and os.path.join(out, "features", key.hexdigest()[:32] + ".pt")
-    if out and os.path.exists(cache):
-        return tuple(torch.load(cache, weights_only=True))
-    parts, skipped, done, began, told = [], {}, 0, time.monotonic(), 10
-    for crops in crops_of(cells, crop, backbone.size, skipped):
+    cache = out and Path(out, "features", key.hexdigest()[:32] + ".pt")
+    if out and cache.exists():
+        return torch.load(cache, weights_only=True)
+    parts, done, began, told = [], 0, time.monotonic(), 10
+    for crops in crops_of(cells, crop, backbone.size):
         parts.append(extract_features(backbone, crops))
         done, took = done + len(crops), time.monotonic() - began
         if took > told:
             told = took + 10
             log(f"{label}: {done:,} of {len(cells.file):,} cells, {took * (len(cells.file) / done - 1):.0f} s left")
-    if len(skipped) > len(cells.files) / 2:
-        raise UserError(f"{len(skipped)} of {len(cells.files)} images can't be read; {BadImage(*min(skipped.items()))}")
     features = torch.cat(parts)
-    features[np.isin(np.array(cells.files)[cells.file], list(skipped))] = math.nan
+    if not features.isfinite().all():
+        raise UserError(f"--weights {label}: some features are infinite or not a number; did its training diverge?")
     log(f"{label}: {features.shape[1]} features of {done:,} cells in {time.monotonic() - began:.0f} s")
     if out:
-        os.makedirs(os.path.dirname(cache), exist_ok=True)
-        write_aside(Path(cache), [features, skipped])
-    return features, skipped
+        cache.parent.mkdir(exist_ok=True)
+        write_aside(cache, features)
+    return features
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Classifiers on frozen features (and, to compare, on one that is not). All give probabilities [M, C].
@@ -401,7 +396,7 @@ def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, l2=1e-2, n_cl
         scale = (variance / 4 + strength).rsqrt()[:, None]
         scaled = (weight / scale).requires_grad_()
         optimizer = torch.optim.LBFGS([scaled, bias], max_iter=1000, history_size=50, line_search_fn="strong_wolfe",
-                                      tolerance_grad=3e-5, tolerance_change=1e-9)
+                                      tolerance_grad=1e-6, tolerance_change=1e-9)
 
         def loss(optimizer=optimizer, scale=scale, scaled=scaled, strength=strength):
             optimizer.zero_grad()
@@ -428,12 +423,15 @@ def tuned_probe(train_x, train_y, test_x, groups: np.ndarray, n_classes: int, se
     return linear_probe(train_x, train_y, test_x, l2, n_classes)
 
 def fine_tune(backbone: nn.Module, crops: Tensor, cells: Cells, train: np.ndarray, test: np.ndarray, seed: int = 0,
-              epochs: int = 30, lr: float = 5e-4, decay: float = 0.75, patience: int = 5) -> Tensor:
+              epochs: int = 30, lr: float = 5e-4, decay: float = 0.75, patience: int = 5, log=print) -> Tensor:
     """Train the whole backbone with a linear head on crops[train], uint8 [n, 3, side, side]; probabilities of
     crops[test] at the epoch with the best weighted F1 on a fifth of the training groups. Stops `patience` epochs later.
     Each block's lr is `decay` times that of the block above (as in BEiT's and MAE's fine-tuning): what is near the
     pixels is general and worth keeping. epochs and lr are a guess."""
+    from torchvision.transforms import v2
+
     torch.manual_seed(seed)
+    augment = v2.Compose([v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(), v2.ColorJitter(0.2, 0.2)])
     y, device, n_classes = torch.from_numpy(cells.label), backbone.device, len(cells.classes)
     held = held_out(cells.group[train], cells.label[train], seed)
     fit, check, best, waited, result = train[~held], train[held] if held.any() else train, -1.0, 0, None
@@ -447,14 +445,11 @@ def fine_tune(backbone: nn.Module, crops: Tensor, cells: Cells, train: np.ndarra
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     half = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)  # bfloat16, from Ampere on
+    began = time.monotonic()
     while schedule.last_epoch < epochs and waited < patience:
         net.train()
         for some in torch.from_numpy(fit)[torch.randperm(len(fit))].split(64):
-            x = network_input(crops[some], (net.size, net.size), device)
-            random = torch.rand(5, len(x), 1, 1, 1, device=device)
-            for r, turned in zip(random, (lambda x: x.flip(2), lambda x: x.flip(3), lambda x: x.transpose(2, 3))):
-                x = torch.where(r < 0.5, turned(x), x)  # a cell has no up
-            x = x * (0.8 + 0.4 * random[3]) + 0.4 * (random[4] - 0.5)  # contrast and light
+            x = network_input(torch.stack([*map(augment, crops[some])]), (net.size, net.size), device)
             with torch.autocast(device.type, torch.bfloat16, enabled=half):
                 loss = F.cross_entropy(head(net(x)).float(), y[some].to(device))
             optimizer.zero_grad()
@@ -466,6 +461,8 @@ def fine_tune(backbone: nn.Module, crops: Tensor, cells: Cells, train: np.ndarra
             probs = [head(extract_features(net, crops[w]).to(device)).softmax(1).cpu() for w in (check, test)]
         score = scores(confusion(cells.label[check], probs[0].argmax(1).numpy(), n_classes))["weighted_f1"]
         best, waited, result = (score, 0, probs[1]) if score > best else (best, waited + 1, result)
+        if schedule.last_epoch == 1:
+            log(f"fine-tuning on {len(fit):,} cells: {epochs} epochs or fewer, {time.monotonic() - began:.0f} s each")
     return result
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -485,13 +482,13 @@ def group_folds(groups: np.ndarray, labels: np.ndarray, k: int = 5, seed: int = 
         load[fold[g]] += share[g]
     return fold[groups]
 
-def make_splits(cells: Cells, readable: np.ndarray, folds: int, seed: int, log=print) -> dict[str, list[tuple]]:
+def make_splits(cells: Cells, folds: int, seed: int, log=print) -> dict[str, list[tuple]]:
     """{name: [(training cells, test cells), ...]}: k folds or the CSV's own split; and each source left out in turn."""
     fold, splits = group_folds(cells.group, cells.label, folds, seed), {}
     tests = [(f"{fold.max() + 1} folds by {cells.by}", fold == f) for f in range(fold.max() + 1)]
-    learn = ask = readable
+    learn = ask = np.ones(len(fold), bool)
     if cells.split is not None:
-        learn, ask = readable & (cells.split == "train"), readable & (cells.split == "test")
+        learn, ask = cells.split == "train", cells.split == "test"
         tests = [("the CSV's split", ask)]
     if len(cells.sources) > 1:
         tests += [("one source left out", cells.source == s) for s in range(len(cells.sources))]
@@ -504,6 +501,9 @@ def make_splits(cells: Cells, readable: np.ndarray, folds: int, seed: int, log=p
             splits.setdefault(name, []).append((np.flatnonzero(train & ~both), np.flatnonzero(test)))
     if not splits:
         raise UserError("no way of splitting leaves cells to train on and others to test on; add images")
+    for name, parts in splits.items():
+        if (n := len(np.unique(cells.group[np.concatenate([test for _, test in parts])]))) < 10:
+            log(f"{name}: tests on {n} {cells.by}s only, too few for the intervals to be trusted")
     return splits
 
 def confusion(truth: np.ndarray, guess: np.ndarray, n_classes: int) -> np.ndarray:
@@ -518,69 +518,74 @@ def scores(counts: np.ndarray) -> dict[str, np.ndarray]:
     return {"accuracy": hit.sum(-1) / true.sum(-1), "balanced_accuracy": np.nanmean(recall, -1),
             "macro_f1": np.nanmean(f1, -1), "weighted_f1": np.nansum(f1 * true, -1) / true.sum(-1)}
 
-def auroc(truth: np.ndarray, score: np.ndarray, weight: np.ndarray | float = 1.0) -> float:
-    """The chance that a positive scores above a negative, ties counting half; NaN unless there are both."""
-    level = np.unique(score, return_inverse=True)[1]
-    positive, negative = np.bincount(level, weight * truth), np.bincount(level, weight * ~truth)
-    pairs = positive.sum() * negative.sum()
-    return float(positive @ (negative.cumsum() - negative / 2) / pairs) if pairs else math.nan
+def auroc(truth: np.ndarray, score: np.ndarray, weights=(1.0,)) -> np.ndarray:
+    """The chance that a positive scores above a negative, ties counting half, for each of the weightings (of [n], or
+    one number): [R]; NaN unless there are both."""
+    level, found = np.unique(score, return_inverse=True)[1], []
+    for weight in weights:
+        positive, negative = np.bincount(level, weight * truth), np.bincount(level, weight * ~truth)
+        pairs = positive.sum() * negative.sum()
+        found.append(positive @ (negative.cumsum() - negative / 2) / pairs if pairs else math.nan)
+    return np.array(found)
 
 def bootstrap(n: int, seed: int) -> np.ndarray:
-    """How often each of n groups is drawn, [REPLICATES, n]: as many as there are, with replacement. The same seed draws
-    the same groups for each backbone, so that their difference can be taken replicate by replicate. (What the intervals
-    leave out: on other training cells the classifier would have been another.)"""
+    """How often each of n groups counts, [1 + REPLICATES, n]: once; then as often as it comes up in n draws with
+    replacement. The same seed draws the same groups for each backbone, so that their difference can be taken replicate
+    by replicate. (What the intervals leave out: on other training cells the classifier would have been another.)"""
     rng = np.random.default_rng(seed)
-    return np.stack([np.bincount(rng.integers(n, size=n), minlength=n).astype(np.float32) for _ in range(REPLICATES)])
+    draws = [np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(REPLICATES)]
+    return np.stack([np.ones(n), *draws]).astype(np.float32)
 
 def judge(truth: np.ndarray, probs: np.ndarray, group: np.ndarray, seed: int = 0) -> dict:
-    """Metrics of predictions [n, C], the confusion matrix, and replicates of the metrics in "again": {metric: [R]}. A
+    """A result: what is to know about predictions [n, C], and "again": {metric: [1 + REPLICATES]}, as by bootstrap. A
     confusion matrix is a sum over groups, so that of a replicate is a weighted sum of theirs."""
     n_classes, guess, group = probs.shape[1], probs.argmax(1), np.unique(group, return_inverse=True)[1]
     counts = np.zeros((group.max() + 1, n_classes**2), np.float32)
     np.add.at(counts, (group, truth * n_classes + guess), 1)
     times, whole = bootstrap(len(counts), seed), confusion(truth, guess, n_classes)
-    value, again = scores(whole), scores((times @ counts).reshape(-1, n_classes, n_classes))
-    if n_classes == 2:
-        value["auroc"] = auroc(truth == 1, probs[:, 1])
-        again["auroc"] = np.array([auroc(truth == 1, probs[:, 1], t[group]) for t in times])
-    recall = (whole.diagonal() / whole.sum(1).clip(1)).tolist()
-    return {**value, "cells": len(truth), "recall": recall, "confusion": whole.tolist(), "again": again}
+    again = scores((times @ counts).astype(float).reshape(-1, n_classes, n_classes))
+    if n_classes == 2 and whole.sum(1).all():
+        again["auroc"] = auroc(truth == 1, probs[:, 1], (t[group] for t in times))
+    recall = [hit / n if n else None for hit, n in zip(whole.diagonal().tolist(), whole.sum(1).tolist())]
+    return {"cells": len(truth), "recall": recall, "confusion": whole.tolist(), "again": again}
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Protocols. A result is a row of results.json: metrics by name, and in "again" their replicates.
+# Protocols.
 
 def study_level(truth: np.ndarray, probs: np.ndarray, group: np.ndarray, seed: int) -> dict[str, dict]:
-    """AUROC of whole studies (groups), scored by the mean or the maximum of their members' probabilities. A study is
-    positive for a class if any member is; the AUROC is the mean over the classes that some studies have, some not."""
-    study, rows = np.unique(group, return_inverse=True)[1], {}
-    has, highest, total = (np.zeros((study.max() + 1, probs.shape[1])) for _ in range(3))
-    has[study, truth] = 1
-    np.maximum.at(highest, study, probs)
-    np.add.at(total, study, probs)
-    times = np.vstack([np.ones(len(has)), bootstrap(len(has), seed)])
-    classes = np.flatnonzero(has.any(0) & ~has.all(0))
-    for pool, score in (("mean", total / np.bincount(study)[:, None]), ("maximum", highest)) if len(classes) else ():
-        auc = np.array([[auroc(has[:, c] > 0, score[:, c], t) for c in classes] for t in times])  # [1 + R, classes]
-        auc = np.nansum(auc, 1) / np.where(known := (~np.isnan(auc)).sum(1), known, np.nan)
-        rows[f"{pool} of a study"] = {"auroc": float(auc[0]), "studies": len(has), "again": {"auroc": auc[1:]}}
-    return rows
+    """AUROC of whole studies (groups), scored by the mean or the maximum of their members' probabilities: results by
+    name. A study is positive for a class if any member is; the mean over the classes that some studies have, some not.
+    """
+    study, results = np.unique(group, return_inverse=True)[1], {}
+    has = np.zeros((study.max() + 1, probs.shape[1]), bool)
+    has[study, truth] = True
+    members = torch.from_numpy(study)[:, None].expand(probs.shape)
+    for pool, how in (("mean", "mean"), ("maximum", "amax")) if (varies := has.any(0) & ~has.all(0)).any() else ():
+        score = torch.zeros(has.shape, dtype=torch.float64)
+        score = score.scatter_reduce(0, members, torch.from_numpy(probs).double(), how, include_self=False).numpy()
+        times = bootstrap(len(has), seed)
+        each = np.stack([auroc(has[:, c], score[:, c], times) for c in np.flatnonzero(varies)])  # [classes, 1 + R]
+        mean = torch.from_numpy(each).nanmean(0).numpy()  # over those that a replicate has and lacks
+        results[f"{pool} of a study"] = {"studies": len(has), "again": {"auroc": mean}}
+    return results
 
 def few_shot(x: Tensor, y: Tensor, cells: Cells, parts: list, shots: int, seed: int) -> dict:
-    """Linear probes on `shots` random training cells a class, DRAWS times; {} where a class has fewer."""
-    draws, n_classes = [], len(cells.classes)
+    """Linear probes on `shots` random training cells a class, DRAWS times, each on the next fold: a result with their
+    mean, and their standard deviation; {} where a class has fewer."""
+    drawn, n_classes = [], len(cells.classes)
     for draw in range(DRAWS):
         train, test = parts[draw % len(parts)]
         train = np.random.default_rng([seed, draw]).permutation(train)
         chosen = np.concatenate([train[cells.label[train] == c][:shots] for c in range(n_classes)])
         if len(chosen) < shots * n_classes:
             return {}
-        guess = linear_probe(x[chosen], y[chosen], x[test], FEWSHOT_L2).argmax(1).cpu().numpy()
-        draws.append(scores(confusion(cells.label[test], guess, n_classes)))
-    again = {k: np.array([d[k] for d in draws]) for k in draws[0]}
-    deviation = {k: v.std(ddof=1) for k, v in again.items()}
-    return {k: v.mean() for k, v in again.items()} | {"shots": shots, "deviation": deviation, "again": again}
+        probs = linear_probe(x[chosen], y[chosen], x[test], FEWSHOT_L2, n_classes).cpu().numpy()
+        drawn.append(judge(cells.label[test], probs, cells.group[test], seed + draw % len(parts))["again"])
+    again = {k: np.stack([a[k] for a in drawn]) for k in drawn[0] if all(k in a for a in drawn)}  # [DRAWS, 1 + R]
+    deviation = {k: v[:, 0].std(ddof=1) for k, v in again.items()}
+    return {"shots": shots, "deviation": deviation, "again": {k: v.mean(0) for k, v in again.items()}}
 
-def measure(x: Tensor, cells: Cells, parts: list, protocols, seed: int, tune=None) -> dict[str, dict]:
+def measure(x: Tensor, cells: Cells, parts: list, protocols, seed: int, tune=None, log=print) -> dict[str, dict]:
     """{protocol: result} of one backbone's features [n, D] on one way to split the cells; each test cell counts once.
     tune: (backbone, crops) to fine-tune it too."""
     y, n_classes, methods = torch.from_numpy(cells.label).to(x.device), len(cells.classes), {}
@@ -589,16 +594,12 @@ def measure(x: Tensor, cells: Cells, parts: list, protocols, seed: int, tune=Non
     if "linear" in protocols:
         methods["linear probe"] = lambda a, b: tuned_probe(x[a], y[a], x[b], cells.group[a], n_classes, seed)
     if tune:
-        methods["fine-tuned"] = lambda a, b: fine_tune(*tune, cells, a, b, seed)
+        methods["fine-tuned"] = lambda a, b: fine_tune(*tune, cells, a, b, seed, log=log)
     tested, results = np.concatenate([test for _, test in parts]), {}
     truth, group = cells.label[tested], cells.group[tested]
     for name, method in methods.items():
         probs = np.concatenate([method(train, test).cpu().numpy() for train, test in parts])
-        by_source = {}
-        results[name] = judge(truth, probs, group, seed) | {"by_source": by_source}
-        for s in np.unique(cells.source[tested]) if cells.sources else ():
-            here = cells.source[tested] == s
-            by_source[cells.sources[s]] = scores(confusion(truth[here], probs[here].argmax(1), n_classes))
+        results[name] = judge(truth, probs, group, seed)
         if cells.by == "group" and name != "1-NN":  # which has no probabilities to pool
             results |= {f"{name}, {pool}": row for pool, row in study_level(truth, probs, group, seed).items()}
     few = {f"few-shot, {n} a class": few_shot(x, y, cells, parts, n, seed) for n in SHOTS if "fewshot" in protocols}
@@ -606,16 +607,19 @@ def measure(x: Tensor, cells: Cells, parts: list, protocols, seed: int, tune=Non
 
 def compare(found: dict[str, dict], split: str) -> tuple[list, list]:
     """{backbone: {protocol: result}} to rows, with intervals, and to the differences of all pairs of backbones."""
-    def interval(replicates): return np.nanpercentile(replicates, [2.5, 97.5]).tolist()
+    def interval(again): return np.nanpercentile(again[1:], [2.5, 97.5]).tolist()
     rows, pairs = [], []
     for protocol in dict.fromkeys(itertools.chain(*found.values())):
-        block = {label: by[protocol] for label, by in found.items() if protocol in by}
-        place, again = {"protocol": protocol, "split": split}, {label: row.pop("again") for label, row in block.items()}
-        for a, row in block.items():
-            rows.append(place | {"weights": a} | row | {"interval": {k: interval(v) for k, v in again[a].items()}})
-            pairs += [place | {"weights": a, "minus": b, "metric": k, "difference": row[k] - block[b][k],
-                               "interval": interval(v - again[b][k])}
-                      for b in block if b != a for k, v in again[a].items()]
+        place = {"protocol": protocol, "split": split}
+        block = {label: dict(by[protocol]) for label, by in found.items() if protocol in by}
+        again = {label: result.pop("again") for label, result in block.items()}
+        for a, result in block.items():
+            scores, intervals = ({k: f(v) for k, v in again[a].items()} for f in (lambda v: float(v[0]), interval))
+            rows.append(place | {"weights": a} | scores | result | {"interval": intervals})
+            for b, k in itertools.product(set(block) - {a}, scores):
+                gap = again[a][k] - again[b][k]
+                pairs.append(place | {"weights": a, "minus": b, "metric": k, "difference": float(gap[0]),
+                                      "interval": interval(gap)})
     return rows, pairs
 
 def evaluate(data, weights, protocols=PROTOCOLS, crop=80, out=None, device="auto", size=None, seed=0, log=print,
@@ -636,39 +640,35 @@ def evaluate(data, weights, protocols=PROTOCOLS, crop=80, out=None, device="auto
     weights = weights if isinstance(weights, dict) else {str(w): w for w in weights}
     backbones = dict.fromkeys(weights)
     for label, name in sorted(weights.items(), key=lambda item: str(item[1]) == "random"):  # `random` looks at others
-        like = next((b for b in backbones.values() if hasattr(b, "blocks")), None)
+        like = next((b for b in backbones.values() if isinstance(b, VisionTransformer)), None)
         backbones[label] = load_backbone(name, size, device, like, seed)
 
-    features, skipped = {}, {}
-    for label, backbone in backbones.items():
-        features[label], bad = embed(label, backbone, cells, crop, out, log)
-        skipped |= bad
-    readable = ~features[label][:, 0].isnan().numpy()
-    if skipped:
-        log(f"{len(skipped)} of {len(cells.files)} images can't be read, e.g. {BadImage(*min(skipped.items()))}")
+    if cells.skipped:
+        log(f"{len(cells.skipped)} images can't be read and are left out, e.g. {BadImage(*min(cells.skipped.items()))}")
+    features = {label: embed(label, backbone, cells, crop, out, log) for label, backbone in backbones.items()}
     for c, name in enumerate(cells.classes):
         if cells.split is None and len(set(cells.group[cells.label == c])) == 1:
             log(f"class {name!r} is in one {cells.by} only, so it is never both learnt and tested")
-    crops = torch.cat(list(crops_of(cells, crop, 224, {}))) if finetune else None  # 19 KB each at 80 pixels
+    crops = torch.cat(list(crops_of(cells, crop, 224))) if finetune else None  # 19 KB each at 80 pixels
     rows, pairs = [], []
-    for split, parts in make_splits(cells, readable, folds, seed, log).items():
+    for split, parts in make_splits(cells, folds, seed, log).items():
         found = {}
         for label, backbone in backbones.items():
             began, x = time.monotonic(), features[label]
             x = x.to(backbone.device) if backbone.device.type == "cuda" else x
             tune = (backbone, crops) if finetune and backbone.state_dict() else None
-            found[label] = measure(x, cells, parts, protocols, seed, tune)
+            found[label] = measure(x, cells, parts, protocols, seed, tune, log)
             log(f"{label}: {split}, {time.monotonic() - began:.0f} s")
         rows, pairs = (a + b for a, b in zip((rows, pairs), compare(found, split)))
         protocols = [p for p in protocols if p != "fewshot"]  # whose draws are of the first split
-    results = {"data": str(data), "crop": crop, "seed": seed, "cells": int(readable.sum()), "images": len(cells.files),
-               "groups": len(set(cells.group)), "classes": cells.classes, "sources": cells.sources, "skipped": skipped,
-               "rows": rows, "pairs": pairs}
+    results = {"data": str(data), "crop": crop, "seed": seed, "cells": len(cells.label), "images": len(cells.files),
+               "groups": len(set(cells.group)), "classes": cells.classes, "sources": cells.sources,
+               "skipped": cells.skipped, "rows": rows, "pairs": pairs}
     log(as_table(results, "\033[1m" if sys.stdout.isatty() else "", "\033[0m" if sys.stdout.isatty() else ""))
     if out:
         write_results(results, out)
     if figures:
-        draw_figures(figures, results, features, backbones, cells)
+        draw_figures(figures, results, features, backbones, cells, seed)
     return results
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -677,24 +677,25 @@ def evaluate(data, weights, protocols=PROTOCOLS, crop=80, out=None, device="auto
 def as_table(results: dict, bold: str, plain: str) -> str:
     """Markdown, a table for each protocol and split, its best line between `bold` and `plain`."""
     def text(value, ends): return f"{100 * value:.1f} [{100 * ends[0]:.1f}, {100 * ends[1]:.1f}]"
-    page = f"\nIn %, with 95% intervals by groups; few-shot: mean ± standard deviation over {DRAWS} draws.\n"
-    pairs = {tuple(p[k] for k in ("protocol", "split", "metric", "weights", "minus")): p for p in results["pairs"]}
+    page = f"\nIn %, with 95% intervals by groups; few-shot: mean of {DRAWS} draws, ± their standard deviation.\n"
+    gaps = {tuple(p[k] for k in ("protocol", "split", "metric", "weights", "minus")): p for p in results["pairs"]}
     for title in dict.fromkeys((row["protocol"], row["split"]) for row in results["rows"]):
         rows = [row for row in results["rows"] if (row["protocol"], row["split"]) == title]
         lead = "weighted_f1" if "weighted_f1" in rows[0] else "auroc"  # ranks, and shows how sure it is
-        best, shown = max(rows, key=lambda row: row[lead]), [k for k in SCORES if k in rows[0]]
+        best, shown = max(rows, key=lambda row: row[lead])["weights"], [k for k in SCORES if k in rows[0]]
         table = [[", ".join(title), *(SCORES[k] for k in shown), "minus the best"], ["---"] * (2 + len(shown))]
         for row in rows:
             line = {k: f"{100 * row[k]:.1f}" for k in shown}
-            gap = pairs.get((*title, lead, row["weights"], best["weights"]))
-            spread = f"{line[lead]} ± {100 * row['deviation'][lead]:.1f}" if "deviation" in row else ""
-            line[lead] = spread or text(row[lead], row["interval"][lead])
-            table.append([row["weights"], *line.values(), text(gap["difference"], gap["interval"]) if gap else ""])
+            line[lead] = text(row[lead], row["interval"][lead])
+            if "deviation" in row:
+                line[lead] += f" ± {100 * row['deviation'][lead]:.1f}"
+            gap = gaps.get((*title, lead, row["weights"], best))
+            table.append([row["weights"], *line.values(), text(gap["difference"], gap["interval"]) if gap else "best"])
         widths = [max(map(len, column)) for column in zip(*table)]
-        table = [[cell.ljust(width) for cell, width in zip(line, widths)] for line in table]
-        line = table[2 + rows.index(best)]
-        line[:-1] = [(bold + cell.rstrip() + plain).ljust(len(bold + cell + plain)) for cell in line[:-1]]
-        page += "\n" + "".join(f"| {' | '.join(line)} |\n" for line in table)
+        for line in ["", *table]:
+            start, end = (bold, plain) if line and line[0] == best else ("", "")
+            cells = [start + cell + end + " " * (width - len(cell)) for cell, width in zip(line, widths)]
+            page += f"| {' | '.join(cells)} |\n" if line else "\n"
     return page
 
 def write_results(results: dict, out):
@@ -708,83 +709,92 @@ def write_results(results: dict, out):
         for row in results["rows"]:
             table.writerow([row.get(k) for k in keys] + [v for k in SCORES for v in row["interval"].get(k, ("", ""))])
 
+COLOURS = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#000000"]  # Okabe and Ito 2008
+MARKS = list(zip("osD^vX*P" * 7, COLOURS * 8))  # 56 different ones
+
+def draw_figures(folder, results: dict, features: dict, backbones: dict, cells: Cells, seed: int):
+    """PNGs in `folder`: few-shot curves, and for each backbone its confusion matrix, maps of the cells, one smear."""
+    from matplotlib.figure import Figure  # not pyplot, which would change a notebook's backend
+
+    def draw(name, draw_on, *given):
+        draw_on(figure := Figure(layout="constrained"), *given)
+        figure.savefig(os.path.join(folder, re.sub(r"\W+", "_", name)[-100:] + ".png"), dpi=150)
+
+    if any("shots" in row for row in results["rows"]):
+        draw("few-shot", few_shot_curves, results["rows"], backbones)
+    for label, backbone in backbones.items():
+        if judged := [row for row in results["rows"] if row["weights"] == label and "confusion" in row]:
+            draw(f"confusion {label}", confusion_matrix, judged[-1], cells.classes)
+        draw(f"map {label}", maps, label, features[label].numpy(), cells, seed)
+        if isinstance(backbone, VisionTransformer):
+            path = cells.files[cells.file[0]]
+            draw(f"smear {label}", panels, f"{label}: {os.path.basename(path)}", smear(backbone, read_image(path)))
+
+def few_shot_curves(figure, rows: list[dict], labels):
+    axes = figure.subplots()
+    for label, (marker, colour) in zip(labels, MARKS):
+        own = [(row["shots"], row["weighted_f1"], row["deviation"]["weighted_f1"])
+               for row in rows if row["weights"] == label and "shots" in row]
+        n, mean, deviation = np.array(own).T * [[1], [100], [100]]
+        axes.semilogx(n, mean, label=label, marker=marker, color=colour)
+        axes.fill_between(n, mean - deviation, mean + deviation, alpha=0.15, color=colour)
+    axes.minorticks_off()
+    axes.set(xticks=SHOTS, xticklabels=SHOTS, xlabel="labelled cells of each class", ylabel="weighted F1, %",
+             title=f"Few-shot linear probe: mean and standard deviation of {DRAWS} draws")
+    axes.legend()
+
+def confusion_matrix(figure, row: dict, classes: list[str]):
+    counts, side = np.array(row["confusion"]), 3 + 0.45 * len(classes)
+    share = counts / counts.sum(1, keepdims=True).clip(1)
+    figure.set_size_inches(side + 0.5, side)
+    axes = figure.subplots()
+    figure.colorbar(axes.imshow(share, cmap="Greys", vmin=0, vmax=1), label="share of the true class", shrink=0.8)
+    for (i, j), n in np.ndenumerate(counts):
+        axes.text(j, i, n, ha="center", va="center", size=7, color="white" if share[i, j] > 0.5 else "black")
+    axes.set_xticks(range(len(classes)), classes, rotation=90)
+    axes.set_yticks(range(len(classes)), classes)
+    axes.set(xlabel="predicted", ylabel="true")
+    figure.suptitle(f"{row['weights']}: cells, {row['protocol']}, {row['split']}")
+
+def maps(figure, label: str, x: np.ndarray, cells: Cells, seed: int):
+    """Up to 3,000 cells in two dimensions: PCA, and where umap-learn or scikit-learn is installed a map that keeps
+    neighbours together; coloured by class and, beside it, by source."""
+    some = np.random.default_rng(seed).permutation(len(x))[:3000]
+    ways, by = {"PCA": principal(x[some], 2)}, {"class": (cells.label, cells.classes)}
+    if len(some) >= 50 and importlib.util.find_spec("umap"):
+        from umap import UMAP
+        ways["UMAP"] = UMAP(random_state=seed, n_jobs=1).fit_transform(x[some])
+    elif len(some) >= 50 and importlib.util.find_spec("sklearn"):
+        from sklearn.manifold import TSNE
+        ways["t-SNE"] = TSNE(random_state=seed).fit_transform(x[some])
+    if cells.sources:
+        by["source"] = (cells.source, cells.sources)
+    figure.set_size_inches(8 * len(by), 6 * len(ways))
+    grid = figure.subplots(len(ways), len(by), squeeze=False).flat
+    for axes, ((way, xy), (what, (index, names))) in zip(grid, itertools.product(ways.items(), by.items())):
+        for i, (name, (marker, colour)) in enumerate(zip(names, itertools.cycle(MARKS))):
+            axes.scatter(*xy[index[some] == i].T, s=12, label=name, marker=marker, color=colour, linewidths=0)
+        axes.set(title=f"{label}: {way} of {len(some):,} cells, by {what}", xticks=[], yticks=[])
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2)
+
+def panels(figure, title: str, pictures: dict[str, np.ndarray]):
+    height, shape = math.ceil(len(pictures) / 2), next(iter(pictures.values())).shape
+    figure.set_size_inches(11, 0.8 + 5.5 * height * shape[0] / shape[1])
+    figure.suptitle(title)
+    for i, (name, picture) in enumerate(pictures.items(), 1):
+        figure.add_subplot(height, 2, i, title=name, xticks=[], yticks=[]).imshow(picture)
+
 def principal(x: np.ndarray, n: int) -> np.ndarray:
     """The first n principal components of [N, D], [N, n]."""
     u, s, _ = np.linalg.svd(x - x.mean(0), full_matrices=False)
     return u[:, :n] * s[:n]
 
-def neighbour_map(x: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-    """A second map of [N, D], which keeps neighbours together where PCA keeps distances: {name: [N, 2]} by umap-learn
-    or else scikit-learn, {} where neither is installed or there are too few points."""
-    if len(x) < 50:
-        return {}
-    if importlib.util.find_spec("umap"):
-        from umap import UMAP
-        return {"UMAP": UMAP(random_state=seed, n_jobs=1).fit_transform(x)}
-    if importlib.util.find_spec("sklearn"):
-        from sklearn.manifold import TSNE
-        return {"t-SNE": TSNE(random_state=seed).fit_transform(x)}
-    return {}
-
-def draw_figures(folder, results: dict, features: dict, backbones: dict, cells: Cells, seed: int = 0):
-    """PNGs in `folder`: few-shot curves, and for each backbone its confusion matrix, maps of the cells, one smear."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    def save(name, **settings):
-        plt.gca().set(**settings)
-        plt.savefig(os.path.join(folder, re.sub(r"\W+", "_", name) + ".png"), dpi=150, bbox_inches="tight")
-        plt.close()
-
-    styles = [{"marker": m, "color": f"C{i}"} for i, m in enumerate("osD^vX*Pph")]
-    for style, label in zip(itertools.cycle(styles), backbones):
-        rows = [row for row in results["rows"] if row["weights"] == label and "shots" in row]
-        n, mean, deviation = np.array([(row["shots"], 100 * row["weighted_f1"], 100 * row["deviation"]["weighted_f1"])
-                                       for row in rows]).reshape(-1, 3).T
-        plt.semilogx(n, mean, label=label, **style)
-        plt.fill_between(n, mean - deviation, mean + deviation, alpha=0.15)
-    plt.legend()
-    save("few-shot", xticks=SHOTS, xticklabels=SHOTS, xlabel="labelled cells a class", ylabel="weighted F1, %",
-         title=f"Few-shot linear probe: mean ± standard deviation of {DRAWS} draws")
-    for label, backbone in backbones.items():
-        for row in [row for row in results["rows"] if row["weights"] == label and "confusion" in row][-1:]:
-            counts, ticks = np.array(row["confusion"]), range(len(cells.classes))
-            share = counts / counts.sum(1, keepdims=True).clip(1)
-            plt.matshow(share, cmap="Greys", vmin=0, vmax=1)
-            plt.colorbar(label="share of the true class")
-            for (i, j), n in np.ndenumerate(counts):
-                plt.text(j, i, n, ha="center", va="center", size=6, color="white" if share[i, j] > 0.5 else "black")
-            plt.xticks(ticks, cells.classes, rotation=90)
-            plt.yticks(ticks, cells.classes)
-            save(f"confusion {label}", xlabel="predicted", ylabel="true",
-                 title=f"{label}: {row['protocol']}, {row['split']}")
-        some = np.random.default_rng(seed).permutation(np.flatnonzero(~features[label][:, 0].isnan()))[:3000]
-        x, maps = features[label].numpy()[some], [("class", cells.label, cells.classes)]
-        maps += [("source", cells.source, cells.sources)] if cells.sources else []
-        ways = {"PCA": principal(x, 2)} | neighbour_map(x, seed)
-        axes = plt.subplots(len(ways), len(maps), figsize=(7 * len(maps), 6 * len(ways)), squeeze=False)[1]
-        for (row, (way, xy)), (column, (what, index, names)) in itertools.product(enumerate(ways.items()),
-                                                                                  enumerate(maps)):
-            for style, (i, name) in zip(itertools.cycle(styles), enumerate(names)):
-                axes[row, column].scatter(*xy[index[some] == i].T, s=9, label=name, **style)
-            axes[row, column].set(title=f"{label}: {way} of {len(some)} cells, by {what}", xticks=[], yticks=[])
-            axes[row, column].legend(fontsize=7, markerscale=2)
-        save(f"map {label}")
-        if hasattr(backbone, "blocks"):
-            panels = smear_panels(backbone, read_image(cells.files[cells.file[some.min()]]))
-            height = math.ceil(len(panels) / 3)
-            plt.figure(figsize=(15, 4 * height))
-            for i, (title, panel) in enumerate(panels.items(), 1):
-                plt.subplot(height, 3, i, title=title, xticks=[], yticks=[]).imshow(panel)
-            plt.suptitle(label)
-            save(f"smear {label}")
-
 @torch.inference_mode()
-def smear_panels(backbone: nn.Module, image: np.ndarray) -> dict[str, np.ndarray]:
-    """A smear [H, W, 3], three principal components of its patch tokens as red, green and blue, and the
-    attention of the class token in the last block, head by head: pictures by title."""
-    patch, attention, seen = backbone.patch_size, backbone.blocks[-1].attn, []
+def smear(backbone: VisionTransformer, image: np.ndarray) -> dict[str, np.ndarray]:
+    """Pictures by name: an image [H, W, 3] (at most 1,024 pixels of it: a slide would take hours), three principal
+    components of its patch tokens as colours [h, w, 3], the last block's attention of the class token by head [h, w].
+    """
+    image, patch, attention, seen = image[:1024, :1024], backbone.patch_size, backbone.blocks[-1].attn, []
     scale = max(1, backbone.size / min(image.shape[:2]))  # as it is, if it is large enough: so it was in training
     rows, columns = (int(n * scale) // patch for n in image.shape[:2])
     x = network_input(torch.from_numpy(image).permute(2, 0, 1)[None], (rows * patch, columns * patch), backbone.device)
@@ -794,8 +804,8 @@ def smear_panels(backbone: nn.Module, image: np.ndarray) -> dict[str, np.ndarray
     look = (q[:, :1] @ k.transpose(1, 2) / q.shape[-1] ** 0.5).softmax(-1)[:, 0, -rows * columns:].cpu().numpy()
     low, high = np.percentile(tokens, [1, 99], axis=0)
     colours = ((tokens - low) / (high - low)).clip(0, 1).reshape(rows, columns, 3)
-    return {"smear": image, "patch tokens, PCA": colours} | {
-        f"class token's attention, head {i}": head.reshape(rows, columns) for i, head in enumerate(look)}
+    return {"image": image, "patch tokens, PCA as RGB": colours} | {
+        f"attention of head {i}": head.reshape(rows, columns) for i, head in enumerate(look, 1)}
 
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -815,7 +825,7 @@ def main(argv: list[str] | None = None):
     parser.error = lambda message: parser.exit(2, f"eval.py: error: {message}\n")  # one line, without the usage
     try:
         evaluate(**vars(parser.parse_args(argv)), log=lambda text: print(text, flush=True))
-    except (UserError, OSError) as error:
+    except (UserError, BadImage, OSError) as error:
         parser.error(error)
 
 if __name__ == "__main__":

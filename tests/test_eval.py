@@ -1,13 +1,17 @@
 """eval.py against scikit-learn, timm and closed forms; what must not leak; what a user can get wrong."""
 
+import copy
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+import urllib.error
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from corpus import picture
 from PIL import Image
 from sklearn import metrics
@@ -16,7 +20,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.neighbors import KNeighborsClassifier
 
 import eval as ev
-from augment import UserError
+from augment import MEAN, STD, UserError
 from reddino import build_vit
 
 torch.set_num_threads(1)
@@ -42,6 +46,7 @@ DEGENERATE = {
     ),
     "duplicated points": lambda x, y: (torch.cat([x, x[:50]]), torch.cat([y, y[:50]])),
     "fewer cells than features": lambda x, y: (x[:15], y[:15]),
+    "two classes": lambda x, y: (x[y > 1], y[y > 1]),
 }
 
 
@@ -80,13 +85,13 @@ def test_linear_probe_is_scikit_learns(case, l2):
     test_x = widened(x[200:], train_x)
     mean, std = train_x.mean(0), train_x.std(0, correction=0)
     std[std < 1e-9] = 1
-    reference = LogisticRegression(C=1 / (l2 * len(train_x)), tol=1e-10, max_iter=100_000)
+    halves = 2 if len(train_y.unique()) == 2 else 1  # with two classes scikit-learn has w where we have w/2 and -w/2
+    reference = LogisticRegression(C=halves / (l2 * len(train_x)), tol=1e-10, max_iter=100_000)
     reference.fit((train_x - mean) / std, train_y)
     probs = ev.linear_probe(train_x, train_y, test_x, l2, n_classes=4).numpy()
     expected = np.zeros_like(probs)
     expected[:, reference.classes_] = reference.predict_proba((test_x - mean) / std)
-    if len(reference.classes_) > 2:  # with two, scikit-learn has one weight vector, and the penalty is another
-        np.testing.assert_allclose(probs, expected, atol=0.005)
+    np.testing.assert_allclose(probs, expected, atol=0.005)
     absent = sorted(set(range(4)) - set(train_y.tolist()))
     assert (probs[:, absent] == 0).all()
 
@@ -156,42 +161,65 @@ def test_scores_are_scikit_learns(truth, called):
 def test_auroc_is_scikit_learns():
     rng = np.random.default_rng(0)
     for levels in (2, 5, 1000):  # with many ties, with few
-        truth, score, weight = rng.random(200) < 0.3, rng.integers(0, levels, 200) / levels, rng.integers(0, 4, 200)
-        assert ev.auroc(truth, score) == pytest.approx(metrics.roc_auc_score(truth, score))
-        assert ev.auroc(truth, score, weight) == pytest.approx(
-            metrics.roc_auc_score(truth, score, sample_weight=weight)
-        )
+        truth, score = rng.random(200) < 0.3, rng.integers(0, levels, 200) / levels
+        weights = rng.integers(0, 4, (3, 200))
+        expected = [metrics.roc_auc_score(truth, score, sample_weight=w) for w in (np.ones(200), *weights)]
+        np.testing.assert_allclose(ev.auroc(truth, score, [1.0, *weights]), expected)
     assert ev.auroc(truth, np.zeros(200)) == 0.5
     assert np.isnan(ev.auroc(np.ones(5, bool), np.arange(5.0)))
 
 
 @pytest.mark.parametrize("n_classes", [2, 3])
 def test_bootstrap_draws_groups(n_classes):
-    """Each replicate is what scikit-learn gives on the cells of the groups drawn, repeated as often as drawn."""
+    """Each replicate is what scikit-learn gives on the cells of the groups drawn, repeated as often as drawn; the first
+    is of all cells once."""
     rng = np.random.default_rng(1)
     truth, group = rng.integers(0, n_classes, 120), rng.permutation(np.repeat([3, 5, 7, 11, 20, 21], 20))
     probs = rng.dirichlet(np.ones(n_classes), 120)
-    row, times = ev.judge(truth, probs, group, seed=4), ev.bootstrap(6, seed=4)
-    assert (times.sum(1) == 6).all()
+    again, times = ev.judge(truth, probs, group, seed=4)["again"], ev.bootstrap(6, seed=4)
+    assert times.shape == (1001, 6) and (times.sum(1) == 6).all() and (times[0] == 1).all()
+    assert times[1:].mean(0) == pytest.approx(1, abs=0.1)
+    assert times[1:].var() == pytest.approx(5 / 6, rel=0.1)  # binomial
     index = np.unique(group, return_inverse=True)[1]
     for r in range(20):
         cells = np.repeat(np.arange(120), times[r][index].astype(int))
         guess = probs.argmax(1)[cells]
-        assert row["again"]["accuracy"][r] == pytest.approx(metrics.accuracy_score(truth[cells], guess))
-        assert row["again"]["weighted_f1"][r] == pytest.approx(
-            metrics.f1_score(truth[cells], guess, average="weighted")
-        )
+        assert again["accuracy"][r] == pytest.approx(metrics.accuracy_score(truth[cells], guess))
+        assert again["weighted_f1"][r] == pytest.approx(metrics.f1_score(truth[cells], guess, average="weighted"))
         if n_classes == 2:
-            assert row["again"]["auroc"][r] == pytest.approx(metrics.roc_auc_score(truth[cells], probs[cells, 1]))
+            assert again["auroc"][r] == pytest.approx(metrics.roc_auc_score(truth[cells], probs[cells, 1]))
+
+
+def test_recall_is_scikit_learns_and_nothing_for_a_class_that_is_not_tested():
+    truth, probs = np.array([0, 0, 1, 1, 1]), np.eye(3)[[0, 2, 1, 1, 0]]
+    row = ev.judge(truth, probs, np.arange(5))
+    assert row["recall"] == [*metrics.recall_score(truth, probs.argmax(1), labels=[0, 1], average=None), None]
+    assert "auroc" not in ev.judge(np.zeros(4, int), np.full((4, 2), 0.5), np.arange(4))["again"]
 
 
 def test_interval_knows_that_cells_of_a_group_err_together():
     """50 groups of 20 cells that are right or wrong as a whole: the standard error is that of 50 answers."""
     right = np.repeat(np.random.default_rng(0).random(50) < 0.7, 20)
     probs = np.where(right[:, None], [1.0, 0.0], [0.0, 1.0])
-    row = ev.judge(np.zeros(1000, int), probs, np.repeat(np.arange(50), 20))
+    again = ev.judge(np.zeros(1000, int), probs, np.repeat(np.arange(50), 20))["again"]
     p = right.mean()
-    assert row["again"]["accuracy"].std() == pytest.approx(np.sqrt(p * (1 - p) / 50), rel=0.1)
+    assert again["accuracy"][1:].std() == pytest.approx(np.sqrt(p * (1 - p) / 50), rel=0.1)
+
+
+def test_comparison_is_paired():
+    """b errs where a does and on one more group: its own interval is wide, that of the difference is not."""
+    truth, group = np.zeros(400, int), np.arange(400) // 10
+    wrong = np.random.default_rng(0).random(40) < 0.4
+    more = wrong.copy()
+    more[np.flatnonzero(~wrong)[0]] = True
+    found = {label: {"20-NN": ev.judge(truth, np.eye(2)[w[group].astype(int)], group)}
+             for label, w in (("a", wrong), ("b", more))}  # fmt: skip
+    rows, pairs = ev.compare(found, "folds")
+    (gap,) = [p for p in pairs if p["weights"] == "b" and p["metric"] == "accuracy"]
+    assert gap["minus"] == "a" and gap["difference"] == pytest.approx(-1 / 40)
+    low, high = rows[0]["interval"]["accuracy"]
+    assert rows[0]["accuracy"] == pytest.approx(1 - wrong.mean()) and high - low > 0.2
+    assert gap["interval"] == [pytest.approx(-3 / 40), 0]  # Poisson with mean 1: 0 to 3 times among 40
 
 
 def test_folds_keep_groups_whole_and_classes_even():
@@ -226,12 +254,12 @@ def test_no_leak():
     x = torch.from_numpy(rng.normal(size=(100, 200))[groups] + 0.01 * rng.normal(size=(1000, 200))).float()
 
     def score(groups, **kept):
-        cells = ev.Cells(["f"], np.arange(1000), None, labels, ["a", "b"], groups, groups, "image", None, [], None, "")
-        parts = ev.make_splits(cells, np.ones(1000, bool), 5, 0)["5 folds by image"]
+        cells = ev.Cells(["f"], np.arange(1000), None, labels, ["a", "b"], groups, groups)
+        parts = ev.make_splits(cells, 5, 0)["5 folds by image"]
         for train, test in parts:
             assert not set(groups[train]) & set(groups[test])
         assert sorted(np.concatenate([test for _, test in parts])) == list(range(1000))
-        return {k: row["accuracy"] for k, row in ev.measure(x, cells, parts, ("knn", "linear"), 0).items()}
+        return {k: row["again"]["accuracy"][0] for k, row in ev.measure(x, cells, parts, ("knn", "linear"), 0).items()}
 
     for accuracy in score(groups).values():
         assert 0.35 < accuracy < 0.65  # 100 groups: one standard deviation is 0.05
@@ -251,43 +279,57 @@ def test_study_level_against_scikit_learn():
     for pool, f in (("mean", np.mean), ("maximum", np.max)):
         expected = [metrics.roc_auc_score(h, [f(probs[group == g, c]) for g in range(40)])
                     for c, h in ((0, healthy), (1, has)) if 0 < sum(h) < 40]  # fmt: skip
-        assert rows[f"{pool} of a study"]["auroc"] == pytest.approx(np.mean(expected))
+        assert rows[f"{pool} of a study"]["again"]["auroc"][0] == pytest.approx(np.mean(expected))
     assert ev.study_level(np.zeros(320, int), probs, group, 0) == {}
 
 
 def test_few_shot_takes_so_many_a_class():
     x, y = blobs(600, 10, 3, spread=3.0)
-    cells = ev.Cells(
-        [],
-        np.arange(600),
-        None,
-        y.numpy(),
-        ["a", "b", "c"],
-        np.arange(600),
-        np.arange(600),
-        "image",
-        None,
-        [],
-        None,
-        "",
-    )
-    parts = ev.make_splits(cells, np.ones(600, bool), 5, 0)["5 folds by image"]
+    cells = ev.Cells([], np.arange(600), None, y.numpy(), ["a", "b", "c"], np.arange(600), np.arange(600))
+    parts = ev.make_splits(cells, 5, 0)["5 folds by image"]
     rows = {shots: ev.few_shot(x, y, cells, parts, shots, 0) for shots in (1, 5, 50, 500)}
-    assert rows[1]["accuracy"] < rows[5]["accuracy"] < rows[50]["accuracy"]
-    assert rows[1]["deviation"]["accuracy"] == pytest.approx(np.std(rows[1]["again"]["accuracy"], ddof=1))
-    assert len(rows[1]["again"]["accuracy"]) == 20 and rows[500] == {}
+    accuracy = {shots: row["again"]["accuracy"][0] for shots, row in rows.items() if row}
+    assert accuracy[1] < accuracy[5] < accuracy[50] and rows[500] == {}
+
+
+def test_few_shot_is_the_mean_and_deviation_of_its_draws(monkeypatch):
+    """Each draw learns from n training cells of each class, and from nothing else; its scores are scikit-learn's."""
+    x, y = blobs(600, 10, 3)
+    cells = ev.Cells([], np.arange(600), None, y.numpy(), ["a", "b", "c"], np.arange(600), np.arange(600) // 10)
+    parts, f1, probe = ev.make_splits(cells, 5, 0)["5 folds by image"], [], ev.linear_probe
+
+    def watched(train_x, train_y, test_x, *rest):
+        assert train_y.bincount().tolist() == [5, 5, 5]
+        train, test = parts[len(f1) % 5]
+        assert {tuple(row) for row in train_x.tolist()} <= {tuple(row) for row in x[train].tolist()}
+        assert torch.equal(test_x, x[test])
+        probs = probe(train_x, train_y, test_x, *rest)
+        f1.append(metrics.f1_score(y[test], probs.argmax(1), average="weighted"))
+        return probs
+
+    monkeypatch.setattr(ev, "linear_probe", watched)
+    row = ev.few_shot(x, y, cells, parts, 5, 0)
+    assert len(f1) == 20 and len(set(f1)) == 20
+    assert row["again"]["weighted_f1"][0] == pytest.approx(np.mean(f1))
+    assert row["deviation"]["weighted_f1"] == pytest.approx(np.std(f1, ddof=1))
+    spread = row["again"]["weighted_f1"][1:].std()  # of the mean, by groups: far less than between draws
+    assert 0.1 * row["deviation"]["weighted_f1"] < spread < row["deviation"]["weighted_f1"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Images and backbones.
 
 
-def test_window_goes_on_at_the_edge():
+def test_a_crop_goes_on_at_the_edge(tmp_path):
     image = picture(40, 50)
+    Image.fromarray(image).save(tmp_path / "smear.png")
     padded = np.pad(image, ((30, 30), (30, 30), (0, 0)), mode="edge")
-    for left, top in ((-10, -20), (20, 10), (45, 35)):
-        found = ev.window(image, left, top, 24).permute(1, 2, 0).numpy()
-        np.testing.assert_array_equal(found, padded[top + 30 : top + 54, left + 30 : left + 54])
+    for side in (24, 25):
+        centres = np.array([(0, 0), (20.4, 10.6), (49, 40)])
+        found = ev.cut(str(tmp_path / "smear.png"), centres, side, 999).permute(0, 2, 3, 1).numpy()
+        for crop, (x, y) in zip(found, [(0, 0), (20, 11), (49, 40)]):
+            x, y = x + 30 - side // 2, y + 30 - side // 2
+            np.testing.assert_array_equal(crop, padded[y : y + side, x : x + side])
 
 
 def test_network_input_is_pillows_bicubic():
@@ -309,59 +351,109 @@ def test_colour_is_a_histogram_and_pixels_are_pixels():
     assert ev.extract_features(ev.load_backbone("pixels", device="cpu"), [image]).shape == (1, 3 * 16 * 16)
 
 
-@pytest.fixture(scope="module")
-def timm_vits():
+def timm_vit(registers=0, img_size=224):
     import timm
 
     torch.manual_seed(0)
-    options = dict(img_size=224, depth=2, num_classes=0, init_values=1.0)
-    return {n: timm.create_model(f"vit_small_patch14{'_reg4' if n else ''}_dinov2", **options).eval() for n in (0, 4)}
+    name = f"vit_small_patch14{'_reg4' if registers else ''}_dinov2"
+    model = timm.create_model(name, img_size=img_size, depth=2, num_classes=0, init_values=1.0).eval()
+    return model, {k: v.clone() for k, v in model.state_dict().items()}
 
 
-def test_every_layout_of_weights_gives_the_same_features(timm_vits, tmp_path):
+def as_dinov2(state):
+    """timm's state dict as DINOv2 publishes it: other names, a mask token, a position for the class token."""
+    state = {k.replace("reg_token", "register_tokens"): v for k, v in state.items()}
+    state["mask_token"] = torch.zeros(1, 384)
+    if "register_tokens" in state:
+        at_cls = torch.randn(1, 1, 384)
+        state["pos_embed"] = torch.cat([at_cls, state["pos_embed"]], 1)
+        state["cls_token"] = state["cls_token"] - at_cls
+    return state
+
+
+def as_released(state):
+    """As RedDino and DinoBloom publish it."""
+    backbone = {f"backbone.{k}": v for k, v in as_dinov2(state).items()}
+    return {"teacher": backbone | {"dino_head.mlp.0.weight": torch.zeros(4, 4)}}
+
+
+def timms_tokens(model, image):
+    x = (torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255).sub_(torch.tensor(MEAN)[:, None, None])
+    with torch.inference_mode():
+        return model.forward_features(x / torch.tensor(STD)[:, None, None])
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+@pytest.mark.parametrize("img_size", [224, 518], ids=["257 positions", "1370 positions"])
+def test_every_layout_of_weights_gives_the_same_features(registers, img_size, tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
-    model = timm_vits[0]
-    own = {k: v.clone() for k, v in model.state_dict().items()}
-    dinov2 = own | {"mask_token": torch.zeros(1, 384)}
-    torch.save(own, tmp_path / "timm.pth")
-    safetensors.save_file(own, tmp_path / "timm.safetensors")
-    torch.save(dinov2, tmp_path / "dinov2.pth")
-    head = {"dino_head.mlp.0.weight": torch.zeros(4, 4)}
-    torch.save({"teacher": {f"backbone.{k}": v for k, v in dinov2.items()} | head}, tmp_path / "reddino.pth")
-    images = [picture(224, 224, seed) for seed in range(3)]
-    x = torch.stack([torch.from_numpy(i) for i in images]).permute(0, 3, 1, 2).float() / 255
-    x = (x - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor([0.229, 0.224, 0.225])[:, None, None]
-    with torch.inference_mode():
-        expected = model.forward_features(x)
+    model, state = timm_vit(registers, img_size)
+    torch.save(state, tmp_path / "timm.pth")
+    safetensors.save_file(state, tmp_path / "timm.safetensors")
+    torch.save(as_dinov2(state), tmp_path / "dinov2.pth")
+    torch.save(as_released(state), tmp_path / "reddino.pth")
+    image = picture(img_size, img_size)
+    expected = timms_tokens(model, image)
     for name in ("timm.pth", "timm.safetensors", "dinov2.pth", "reddino.pth"):
-        backbone = ev.load_backbone(str(tmp_path / name), device="cpu")
-        assert backbone.size == 224
-        cls, patches = ev.extract_features(backbone, images, patch_tokens=True)
+        backbone = ev.load_backbone(str(tmp_path / name), size=img_size, device="cpu")
+        cls, patches = ev.extract_features(backbone, [image], patch_tokens=True)
         torch.testing.assert_close(cls, expected[:, 0], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(patches, expected[:, 1:], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(ev.extract_features(backbone, images), cls)
+        torch.testing.assert_close(patches, expected[:, 1 + registers :], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ev.extract_features(backbone, [image]), cls)
+        assert ev.load_backbone(str(tmp_path / name), device="cpu").size == 224  # RedDino's, whatever is stored
 
 
-def test_registers(timm_vits, tmp_path):
-    model = timm_vits[4]
-    torch.save(model.state_dict(), tmp_path / "reg.pth")
-    image = picture(224, 224)
-    backbone = ev.load_backbone(str(tmp_path / "reg.pth"), device="cpu")
+def test_a_name_is_a_download_and_the_same_network(tmp_path, monkeypatch):
+    model, state = timm_vit(4, 518)
+    address = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/dinov2_vits14_reg4_pretrain.pth"
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda url, **_: {address: as_dinov2(state)}[url])
+    image = picture(518, 518)
+    found = ev.extract_features(ev.load_backbone("dinov2_vits14_reg", size=518, device="cpu"), [image])
+    torch.testing.assert_close(found, timms_tokens(model, image)[:, 0], rtol=1e-4, atol=1e-4)
+
+
+def test_offline_and_without_packages_it_says_what_to_do(tmp_path, monkeypatch):
+    def offline(*_, **__):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "urlopen", offline)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    for name in ("dinov2_vits14", "dinov2_vitg14_reg", "resnet50"):
+        with pytest.raises(UserError, match=f"{name}.*can't download.*no route") as error:
+            ev.load_backbone(name)
+        assert "\n" not in str(error.value)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)  # as if it were not installed
+    (tmp_path / "a.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="pip install safetensors"):
+        ev.load_backbone(tmp_path / "a.safetensors")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install matplotlib"):
+        ev.evaluate(tmp_path, ["pixels"], figures=tmp_path / "figures")
+    assert not (tmp_path / "figures").exists()
+
+
+@pytest.mark.parametrize("name, last", [("resnet18", "fc"), ("mobilenet_v3_small", "classifier.3"),
+                                        ("squeezenet1_1", "classifier.1")])  # fmt: skip
+def test_torchvision_classifier_without_its_last_layer(name, last, monkeypatch):
+    """The features are the input of the layer that gives the 1,000 classes (squeezenet's has pixels: their mean)."""
+    torch.manual_seed(0)
+    asked, seen, whole = [], [], torchvision.models.get_model(name).eval()
+    whole.get_submodule(last).register_forward_hook(lambda module, given, out: seen.append(given[0]))
+
+    def get_model(*given, **options):
+        asked.append((given, options))
+        return copy.deepcopy(whole)
+
+    monkeypatch.setattr(torchvision.models, "get_model", get_model)
+    backbone = ev.load_backbone(name, device="cpu")
+    assert asked == [((name,), {"weights": "DEFAULT"})] and backbone.size == 224
+    image = torch.from_numpy(picture(64, 64)).permute(2, 0, 1)[None]
     with torch.inference_mode():
-        x = ev.network_input(torch.from_numpy(image).permute(2, 0, 1)[None], (224, 224), torch.device("cpu"))
-        expected = model.forward_features(x)[:, 0]
-    torch.testing.assert_close(ev.extract_features(backbone, [image]), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_torchvision_classifier_without_its_last_stage():
-    backbone = ev.load_backbone("random:resnet18", device="cpu", seed=3)
-    seen = []
-    backbone[0].avgpool.register_forward_hook(lambda module, given, out: seen.append(out.flatten(1)))
-    found = ev.extract_features(backbone, [picture(64, 64)])
-    torch.testing.assert_close(found, seen[0])
-    assert found.shape == (1, 512) and backbone.size == 224
-    assert ev.load_backbone("random:resnet18", device="cpu", seed=3).digest == backbone.digest
-    assert ev.load_backbone("random:resnet18", device="cpu", seed=4).digest != backbone.digest
+        assert whole(ev.network_input(image, (224, 224), torch.device("cpu"))).shape == (1, 1000)
+    expected = seen[0].mean((2, 3)) if seen[0].dim() == 4 else seen[0]
+    torch.testing.assert_close(ev.extract_features(backbone, image), expected, rtol=1e-4, atol=1e-4)
+    next(whole.parameters()).data += 1
+    assert ev.load_backbone(name, device="cpu").digest != backbone.digest  # features are cached by content, not by name
 
 
 def test_random_takes_the_shape_of_a_checkpoint_and_tells_images_apart():
@@ -381,15 +473,47 @@ def test_fine_tuning_learns_and_leaves_the_backbone_alone():
     crops = np.stack([np.broadcast_to(w[:, None] if rng.random() < 0.5 else w, (3, 16, 16)) for w in wave])
     crops = crops.astype(np.uint8)
     crops[label == 1, :, 6:10, 6:10] //= 3
-    cells = ev.Cells(
-        [], np.arange(240), None, label, ["a", "b"], np.arange(240), np.arange(240), "image", None, [], None, ""
-    )
+    cells = ev.Cells([], np.arange(240), None, label, ["a", "b"], np.arange(240), np.arange(240))
     backbone = build_vit("nano", img_size=16, embed_dim=64, depth=2, heads=1, layerscale=1.0).requires_grad_(False)
     backbone.size, backbone.device = 16, torch.device("cpu")
     before = {k: v.clone() for k, v in backbone.state_dict().items()}
     probs = ev.fine_tune(backbone, torch.from_numpy(crops), cells, np.arange(160), np.arange(160, 240), epochs=20)
     assert (probs.argmax(1).numpy() == label[160:]).mean() > 0.8
     assert all(torch.equal(v, before[k]) for k, v in backbone.state_dict().items())  # the one given is not touched
+
+
+def test_fine_tuning_never_looks_at_the_labels_of_the_test_and_stops_early(monkeypatch):
+    torch.manual_seed(0)
+    crops, label = torch.randint(0, 256, (60, 3, 16, 16), dtype=torch.uint8), np.arange(60) % 2  # nothing to learn
+    train, test, said = np.arange(40), np.arange(40, 60), []
+    backbone = build_vit("nano", img_size=16, embed_dim=64, depth=2, heads=1, layerscale=1.0).requires_grad_(False)
+    backbone.size, backbone.device = 16, torch.device("cpu")
+    optimizers, adamw = [], torch.optim.AdamW
+
+    def watched(*given, **options):
+        optimizers.append(adamw(*given, **options))
+        return optimizers[-1]
+
+    monkeypatch.setattr(torch.optim, "AdamW", watched)
+    found = []
+    for other in (label, np.where(np.arange(60) < 40, label, 1 - label)):
+        cells = ev.Cells([], np.arange(60), None, other, ["a", "b"], np.arange(60), np.arange(60))
+        found.append(ev.fine_tune(backbone, crops, cells, train, test, epochs=100, patience=2, log=said.append))
+    assert torch.equal(*found) and len(said) == 2 and "100 epochs or fewer" in said[0]
+    learned = {p: g["initial_lr"] for g in optimizers[0].param_groups for p in g["params"]}
+    rates = [lr for p, lr in learned.items() if p.shape == (192, 64)]  # qkv of blocks 0 and 1
+    assert rates == pytest.approx([5e-4 * 0.75**2, 5e-4 * 0.75])
+    assert min(learned.values()) == pytest.approx(5e-4 * 0.75**3) and max(learned.values()) == 5e-4
+    steps = optimizers[0].state[next(iter(learned))]["step"]  # one an epoch, of the 32 cells that are learnt from
+    assert 3 <= steps < 50
+
+
+def test_a_diverged_backbone_is_not_scored(tmp_path):
+    vit = build_vit("nano", img_size=16, embed_dim=64, depth=1, heads=1)
+    torch.nn.init.constant_(vit.norm.weight, torch.nan)
+    torch.save(vit.state_dict(), tmp_path / "bad.pth")
+    with pytest.raises(UserError, match=r"bad\.pth: some features are infinite"):
+        ev.evaluate(draw_cells(tmp_path), [tmp_path / "bad.pth"], crop=24, log=lambda _: 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -433,7 +557,6 @@ def test_whole_evaluation_of_a_csv(tmp_path):
         and result["classes"] == ["bright", "dark"]
         and sum(map(sum, row["confusion"])) == 64 == row["cells"]
     )
-    assert set(row["by_source"]) == {"a", "b"}
     want = {"weights": "untrained", "minus": "colour", "metric": "accuracy", "protocol": "1-NN"}
     pair = next(p for p in result["pairs"] if want.items() <= p.items())
     expected = rows["untrained", "1-NN", pair["split"]]["accuracy"] - rows["colour", "1-NN", pair["split"]]["accuracy"]
@@ -508,14 +631,14 @@ def test_split_column_and_groups(tmp_path):
     rows = {(r["protocol"], r["split"]): r for r in result["rows"]}
     assert result["cells"] == 56 and rows["1-NN", "the CSV's split"]["cells"] == 24
     cells = ev.read_cells(str(tmp_path / "split.csv"))
-    for train, test in ev.make_splits(cells, np.ones(56, bool), 5, 0)["one source left out"]:
+    for train, test in ev.make_splits(cells, 5, 0)["one source left out"]:
         assert (cells.split[train] == "train").all() and (cells.split[test] == "test").all()
         assert not set(cells.source[train]) & set(cells.source[test])
 
     grouped = [lines[0] + ",group"] + [f"{line},patient{int(line[0]) % 4}" for line in lines[1:]]
     (tmp_path / "grouped.csv").write_text("\n".join(grouped))
     cells = ev.read_cells(str(tmp_path / "grouped.csv"))
-    splits = ev.make_splits(cells, np.ones(64, bool), 5, 0)
+    splits = ev.make_splits(cells, 5, 0)
     assert list(splits) == ["4 folds by group", "one source left out"] and len(splits["4 folds by group"]) == 4
 
 
@@ -528,12 +651,12 @@ def test_one_image_under_two_names_is_one_image(tmp_path):
     (tmp_path / "copied.csv").write_text("\n".join([lines[0], *rows, "copy.png,20,30,dark,a,test"]))
     cells, said = ev.read_cells(str(tmp_path / "copied.csv")), []
     assert cells.by == "image" and len(set(cells.group)) == 4 and len(cells.files) == 5
-    train, _ = ev.make_splits(cells, np.ones(33, bool), 5, 0, said.append)["the CSV's split"][0]
+    train, _ = ev.make_splits(cells, 5, 0, said.append)["the CSV's split"][0]
     assert set(cells.file[train]) == {1} and "8 cells are not trained on" in said[0]
     lines = [lines[0].replace("source,split", "group"), *(f"{line[:-2]},{line[0]}" for line in lines[1:])]
     (tmp_path / "grouped.csv").write_text("\n".join([*lines, "copy.png,20,30,dark,4"]))  # of another patient
     cells = ev.read_cells(str(tmp_path / "grouped.csv"))
-    for train, test in ev.make_splits(cells, np.ones(33, bool), 5, 0, said.append)["5 folds by group"]:
+    for train, test in ev.make_splits(cells, 5, 0, said.append)["5 folds by group"]:
         assert not {0, 4} <= set(cells.file[train]) | set(cells.file[test]) or {0, 4} <= set(cells.file[train])
 
 
@@ -562,10 +685,11 @@ MISTAKES = {
     ),
     "an unknown image": (lambda t: broken(t, lambda s: [*s[:-1], "99.png,20,30,dark,a"]), "99.png, which is not there"),
     "outside of its image": (lambda t: broken(t, lambda s: [*s[:-1], "1.png,500,30,dark,a"]), "x=500, y=30 is outside"),
+    "a color": (lambda t: ["--data", str(t / "cells.csv"), "--weights", "color"], "such file or name; is it colour?"),
     "one member": (lambda t: broken(t, lambda s: [*s[:-1], "1.png,50,30,burr,a"]), "class 'burr' has one cell"),
     "one class": (lambda t: broken(t, lambda s: [line.replace("dark", "bright") for line in s]), "not of two classes"),
     "one image": (lambda t: broken(t, lambda s: s[:9]), "all cells are of one image"),
-    "unknown weights": (lambda t: ["--data", str(t / "cells.csv"), "--weights", "resnet5000"], "resnet5000"),
+    "unknown weights": (lambda t: ["--data", str(t / "cells.csv"), "--weights", "resnet5000"], "is it resnet50?"),
     "no checkpoint": (lambda t: ["--data", str(t / "cells.csv"), "--weights", str(t / "0.png")], "0.png"),
     "unknown protocol": (
         lambda t: ["--data", str(t / "cells.csv"), "--weights", "pixels", "--protocols", "knnn"],
