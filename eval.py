@@ -42,8 +42,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from augment import MEAN, STD, BadImage, UserError, find_images, read_image
-from reddino import VisionTransformer, build_vit, choose_device, configure, normalise, resize_pos_embed, write_aside
+from augment import MEAN, STD, BadImage, UserError, find_images, normalise, read_image
+from reddino import VisionTransformer, build_vit, choose_device, configure, resize_pos_embed, write_aside
 
 PROTOCOLS = ("knn", "linear", "fewshot")
 SCORES = {"accuracy": "accuracy", "balanced_accuracy": "balanced", "macro_f1": "macro F1", "weighted_f1": "weighted F1",
@@ -559,13 +559,14 @@ def study_level(truth: np.ndarray, probs: np.ndarray, group: np.ndarray, seed: i
     study, results = np.unique(group, return_inverse=True)[1], {}
     has = np.zeros((study.max() + 1, probs.shape[1]), bool)
     has[study, truth] = True
-    members = torch.from_numpy(study)[:, None].expand(probs.shape)
-    for pool, how in (("mean", "mean"), ("maximum", "amax")) if (varies := has.any(0) & ~has.all(0)).any() else ():
-        score = torch.zeros(has.shape, dtype=torch.float64)
-        score = score.scatter_reduce(0, members, torch.from_numpy(probs).double(), how, include_self=False).numpy()
-        times = bootstrap(len(has), seed)
-        each = np.stack([auroc(has[:, c], score[:, c], times) for c in np.flatnonzero(varies)])  # [classes, 1 + R]
-        mean = torch.from_numpy(each).nanmean(0).numpy()  # over those that a replicate has and lacks
+    classes, times = np.flatnonzero(has.any(0) & ~has.all(0)), bootstrap(len(has), seed)
+    if not len(classes):
+        return {}
+    members, probs = torch.from_numpy(study)[:, None].expand(probs.shape), torch.from_numpy(probs)
+    for pool, how in (("mean", "mean"), ("maximum", "amax")):
+        score = probs.new_zeros(has.shape).scatter_reduce(0, members, probs, how, include_self=False).numpy()
+        each = np.stack([auroc(has[:, c], score[:, c], times) for c in classes])  # [classes, 1 + REPLICATES]
+        mean = torch.from_numpy(each).nanmean(0).numpy()  # over the classes that a replicate has and lacks
         results[f"{pool} of a study"] = {"studies": len(has), "again": {"auroc": mean}}
     return results
 
@@ -614,12 +615,11 @@ def compare(found: dict[str, dict], split: str) -> tuple[list, list]:
         block = {label: dict(by[protocol]) for label, by in found.items() if protocol in by}
         again = {label: result.pop("again") for label, result in block.items()}
         for a, result in block.items():
-            scores, intervals = ({k: f(v) for k, v in again[a].items()} for f in (lambda v: float(v[0]), interval))
-            rows.append(place | {"weights": a} | scores | result | {"interval": intervals})
-            for b, k in itertools.product(set(block) - {a}, scores):
-                gap = again[a][k] - again[b][k]
-                pairs.append(place | {"weights": a, "minus": b, "metric": k, "difference": float(gap[0]),
-                                      "interval": interval(gap)})
+            rows.append(place | {"weights": a} | {k: float(v[0]) for k, v in again[a].items()} | result
+                        | {"interval": {k: interval(v) for k, v in again[a].items()}})
+            gaps = [(b, k, again[a][k] - again[b][k]) for b in block if b != a for k in again[a]]
+            pairs += [place | {"weights": a, "minus": b, "metric": k, "difference": float(gap[0]),
+                               "interval": interval(gap)} for b, k, gap in gaps]
     return rows, pairs
 
 def evaluate(data, weights, protocols=PROTOCOLS, crop=80, out=None, device="auto", size=None, seed=0, log=print,
@@ -757,14 +757,11 @@ def confusion_matrix(figure, row: dict, classes: list[str]):
     figure.suptitle(f"{row['weights']}: cells, {row['protocol']}, {row['split']}")
 
 def maps(figure, label: str, x: np.ndarray, cells: Cells, seed: int):
-    """Up to 3,000 cells in two dimensions: PCA, and where umap-learn or scikit-learn is installed a map that keeps
-    neighbours together; coloured by class and, beside it, by source."""
+    """Up to 3,000 cells in two dimensions: PCA, which keeps distances, and where scikit-learn is installed t-SNE, which
+    keeps neighbours; coloured by class and, beside it, by source."""
     some = np.random.default_rng(seed).permutation(len(x))[:3000]
     ways, by = {"PCA": principal(x[some], 2)}, {"class": (cells.label, cells.classes)}
-    if len(some) >= 50 and importlib.util.find_spec("umap"):
-        from umap import UMAP
-        ways["UMAP"] = UMAP(random_state=seed, n_jobs=1).fit_transform(x[some])
-    elif len(some) >= 50 and importlib.util.find_spec("sklearn"):
+    if len(some) >= 50 and importlib.util.find_spec("sklearn"):
         from sklearn.manifold import TSNE
         ways["t-SNE"] = TSNE(random_state=seed).fit_transform(x[some])
     if cells.sources:

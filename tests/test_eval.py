@@ -15,13 +15,14 @@ import torchvision
 from corpus import picture
 from PIL import Image
 from sklearn import metrics
+from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.neighbors import KNeighborsClassifier
 
 import eval as ev
 from augment import MEAN, STD, UserError
-from reddino import build_vit
+from reddino import build_vit, resize_pos_embed
 
 torch.set_num_threads(1)
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -587,6 +588,37 @@ def test_figures(tmp_path):
     sizes = {p.name: Image.open(p).size for p in (tmp_path / "f").iterdir()}
     assert {"few_shot.png", "confusion_a_b.png", "map_a_b.png", "smear_a_b.png"} <= set(sizes)
     assert all(min(size) > 300 for size in sizes.values())
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+def test_a_smears_attention_and_colours_are_timms(registers, tmp_path):
+    model, state = timm_vit(registers)
+    torch.save(state, tmp_path / "timm.pth")
+    seen, attention = [], model.blocks[-1].attn
+    attention.fused_attn = False  # so that the weights exist as such
+    attention.attn_drop.register_forward_hook(lambda module, given, out: seen.append(out[0]))
+    image = picture(230, 300)  # 16 x 21 patches
+    pictures = ev.smear(ev.load_backbone(str(tmp_path / "timm.pth"), device="cpu"), image)
+    x = ev.network_input(torch.from_numpy(image).permute(2, 0, 1)[None], (224, 294), torch.device("cpu"))
+    model.set_input_size((224, 294))  # timm resamples positions, as DINOv2 does for its models with registers only
+    model.pos_embed.data = resize_pos_embed(positions(state), 16, 21, registers)[:, 1 if registers else 0 :]
+    with torch.inference_mode():
+        tokens = model.forward_features(x)[0, 1 + registers :].double().numpy()
+    assert list(pictures) == ["image", "patch tokens, PCA as RGB", *(f"attention of head {i}" for i in range(1, 7))]
+    for head, name in zip(seen[0][:, 0, 1 + registers :], list(pictures)[2:]):
+        np.testing.assert_allclose(pictures[name].ravel(), head, rtol=1e-3, atol=1e-7)
+    components = PCA(3).fit_transform(tokens).reshape(16, 21, 3)
+    middle = (pictures["patch tokens, PCA as RGB"] > 0) & (pictures["patch tokens, PCA as RGB"] < 1)
+    for c in range(3):
+        found, inside = pictures["patch tokens, PCA as RGB"][..., c], middle[..., c]
+        assert abs(np.corrcoef(found[inside], components[..., c][inside])[0, 1]) > 0.9999
+        assert inside.mean() > 0.97  # a hundredth at either end is cut off
+
+
+def positions(state):
+    """timm's position embeddings, with one for the class token."""
+    pos = state["pos_embed"]
+    return pos if pos.shape[1] == 257 else torch.cat([torch.zeros_like(pos[:, :1]), pos], 1)
 
 
 def test_class_folders_broken_images_and_odd_shapes(tmp_path):
