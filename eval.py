@@ -379,7 +379,8 @@ def knn(train_x: Tensor, train_y: Tensor, test_x: Tensor, k=20, n_classes: int |
 def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, l2=1e-2, n_classes: int | None = None) -> Tensor:
     """Multinomial logistic regression on standardised features, [N, D], int [N], [M, D] to probabilities [M, C] (0 for
     classes that training lacks): minimises mean cross-entropy + l2/2 |W|^2, the bias free; C = 1 / (l2 N).
-    l2: a strength; or several, strongest first, for [len(l2), M, C]: each fit then starts from the one before."""
+    l2: a strength; or several, strongest first, for [len(l2), M, C]: each fit then starts from the one before, which
+    takes a quarter to a third less time (five strengths, 14,838 cells, 96 and 128 features)."""
     n_classes, strengths = n_classes or int(train_y.max()) + 1, np.atleast_1d(l2).tolist()
     present, y = train_y.unique(return_inverse=True)
     mean, std = train_x.mean(0), train_x.std(0, correction=0)
@@ -396,7 +397,7 @@ def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, l2=1e-2, n_cl
         scale = (variance / 4 + strength).rsqrt()[:, None]
         scaled = (weight / scale).requires_grad_()
         optimizer = torch.optim.LBFGS([scaled, bias], max_iter=1000, history_size=50, line_search_fn="strong_wolfe",
-                                      tolerance_grad=1e-6, tolerance_change=1e-9)
+                                      tolerance_grad=1e-6, tolerance_change=torch.finfo(x.dtype).eps)
 
         def loss(optimizer=optimizer, scale=scale, scaled=scaled, strength=strength):
             optimizer.zero_grad()
@@ -636,13 +637,13 @@ def evaluate(data, weights, protocols=PROTOCOLS, crop=80, out=None, device="auto
     for folder in filter(None, (out, figures)):
         os.makedirs(folder, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()  # can it be written to?
-    cells = read_cells(str(data), drop_labels)
     weights = weights if isinstance(weights, dict) else {str(w): w for w in weights}
     backbones = dict.fromkeys(weights)
     for label, name in sorted(weights.items(), key=lambda item: str(item[1]) == "random"):  # `random` looks at others
         like = next((b for b in backbones.values() if isinstance(b, VisionTransformer)), None)
         backbones[label] = load_backbone(name, size, device, like, seed)
 
+    cells = read_cells(str(data), drop_labels)
     if cells.skipped:
         log(f"{len(cells.skipped)} images can't be read and are left out, e.g. {BadImage(*min(cells.skipped.items()))}")
     features = {label: embed(label, backbone, cells, crop, out, log) for label, backbone in backbones.items()}
@@ -677,7 +678,7 @@ def evaluate(data, weights, protocols=PROTOCOLS, crop=80, out=None, device="auto
 def as_table(results: dict, bold: str, plain: str) -> str:
     """Markdown, a table for each protocol and split, its best line between `bold` and `plain`."""
     def text(value, ends): return f"{100 * value:.1f} [{100 * ends[0]:.1f}, {100 * ends[1]:.1f}]"
-    page = f"\nIn %, with 95% intervals by groups; few-shot: mean of {DRAWS} draws, ± their standard deviation.\n"
+    page = f"\nIn %, with 95% intervals by groups; few-shot: mean of {DRAWS} draws, [its interval] ± their deviation.\n"
     gaps = {tuple(p[k] for k in ("protocol", "split", "metric", "weights", "minus")): p for p in results["pairs"]}
     for title in dict.fromkeys((row["protocol"], row["split"]) for row in results["rows"]):
         rows = [row for row in results["rows"] if (row["protocol"], row["split"]) == title]
@@ -699,10 +700,9 @@ def as_table(results: dict, bold: str, plain: str) -> str:
     return page
 
 def write_results(results: dict, out):
-    """results.json: everything; results.csv: a line a row; results.md: the table; skipped.txt: what can't be read."""
+    """results.json: everything; results.csv: a line a row; results.md: the table."""
     Path(out, "results.md").write_text(as_table(results, "**", "**"))
     Path(out, "results.json").write_text(json.dumps(results, indent=1))
-    Path(out, "skipped.txt").write_text("".join(f"{BadImage(*bad)}\n" for bad in results["skipped"].items()))
     with open(os.path.join(out, "results.csv"), "w", newline="") as file:
         table, keys = csv.writer(file), ("protocol", "split", "weights", *SCORES)
         table.writerow([*keys, *(f"{k}_{end}" for k in SCORES for end in ("low", "high"))])
@@ -710,7 +710,7 @@ def write_results(results: dict, out):
             table.writerow([row.get(k) for k in keys] + [v for k in SCORES for v in row["interval"].get(k, ("", ""))])
 
 COLOURS = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#000000"]  # Okabe and Ito 2008
-MARKS = list(zip("osD^vX*P" * 7, COLOURS * 8))  # 56 different ones
+MARKS = list(zip("oXs*^PvD" * 7, COLOURS * 8))  # 56 different ones; where a colour comes back, its shape is far off
 
 def draw_figures(folder, results: dict, features: dict, backbones: dict, cells: Cells, seed: int):
     """PNGs in `folder`: few-shot curves, and for each backbone its confusion matrix, maps of the cells, one smear."""
@@ -748,13 +748,14 @@ def confusion_matrix(figure, row: dict, classes: list[str]):
     share = counts / counts.sum(1, keepdims=True).clip(1)
     figure.set_size_inches(side + 0.5, side)
     axes = figure.subplots()
-    figure.colorbar(axes.imshow(share, cmap="Greys", vmin=0, vmax=1), label="share of the true class", shrink=0.8)
+    shades = axes.imshow(share, cmap="Greys", vmin=0, vmax=1)
+    figure.colorbar(shades, label="share of the true class (numbers: cells)", shrink=0.8)
     for (i, j), n in np.ndenumerate(counts):
         axes.text(j, i, n, ha="center", va="center", size=7, color="white" if share[i, j] > 0.5 else "black")
     axes.set_xticks(range(len(classes)), classes, rotation=90)
     axes.set_yticks(range(len(classes)), classes)
     axes.set(xlabel="predicted", ylabel="true")
-    figure.suptitle(f"{row['weights']}: cells, {row['protocol']}, {row['split']}")
+    figure.suptitle(f"{row['weights']}: {row['protocol']}, {row['split']}")
 
 def maps(figure, label: str, x: np.ndarray, cells: Cells, seed: int):
     """Up to 3,000 cells in two dimensions: PCA, which keeps distances, and where scikit-learn is installed t-SNE, which
@@ -802,7 +803,8 @@ def smear(backbone: VisionTransformer, image: np.ndarray) -> dict[str, np.ndarra
     low, high = np.percentile(tokens, [1, 99], axis=0)
     colours = ((tokens - low) / (high - low)).clip(0, 1).reshape(rows, columns, 3)
     return {"image": image, "patch tokens, PCA as RGB": colours} | {
-        f"attention of head {i}": head.reshape(rows, columns) for i, head in enumerate(look, 1)}
+        f"attention of head {i}, {100 * head.min():.2f} to {100 * head.max():.2f}% a patch": head.reshape(rows, columns)
+        for i, head in enumerate(look, 1)}
 
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

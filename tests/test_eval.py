@@ -604,8 +604,9 @@ def test_a_smears_attention_and_colours_are_timms(registers, tmp_path):
     model.pos_embed.data = resize_pos_embed(positions(state), 16, 21, registers)[:, 1 if registers else 0 :]
     with torch.inference_mode():
         tokens = model.forward_features(x)[0, 1 + registers :].double().numpy()
-    assert list(pictures) == ["image", "patch tokens, PCA as RGB", *(f"attention of head {i}" for i in range(1, 7))]
-    for head, name in zip(seen[0][:, 0, 1 + registers :], list(pictures)[2:]):
+    assert list(pictures)[:2] == ["image", "patch tokens, PCA as RGB"] and len(pictures) == 8
+    for i, head, name in zip(range(1, 7), seen[0][:, 0, 1 + registers :], list(pictures)[2:]):
+        assert name == f"attention of head {i}, {100 * head.min():.2f} to {100 * head.max():.2f}% a patch"
         np.testing.assert_allclose(pictures[name].ravel(), head, rtol=1e-3, atol=1e-7)
     components = PCA(3).fit_transform(tokens).reshape(16, 21, 3)
     middle = (pictures["patch tokens, PCA as RGB"] > 0) & (pictures["patch tokens, PCA as RGB"] < 1)
@@ -635,7 +636,7 @@ def test_class_folders_broken_images_and_odd_shapes(tmp_path):
     result = ev.evaluate(tmp_path / "data", ["pixels", "colour"], ["knn"], out=tmp_path / "out", log=said.append)
     assert result["cells"] == 16 and list(result["skipped"]) == [str(broken)]
     assert len([s for s in said if "broken.png" in s]) == 1
-    assert (tmp_path / "out" / "skipped.txt").read_text().count("\n") == 1
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["skipped"] == result["skipped"]
     assert {r["weights"]: r["accuracy"] for r in result["rows"] if r["protocol"] == "1-NN"}["colour"] == 1
     for p in (tmp_path / "data" / "dark" / "deeper").iterdir():
         p.write_bytes(b"no image")
