@@ -126,7 +126,6 @@ PRESETS = {
     "nano": dict(prototypes=128, head_hidden=256, head_bottleneck=64, patch_size=64, global_size=64, local_size=32,
                  local_crops=0, global_scale=0.5, transforms=1, koleo=1.0, momentum=0.95, teacher_temp=0.04, iters=600,
                  batch_size=32, lr=6e-3, warmup=0.1, weight_decay_end=0.04, layerscale=1.0),
-    "vits14": dict(),
     "vitb14": dict(iters=36500, batch_size=392),  # RedDino B: 2 GPUs x 196, 10 x 3,650 steps
     "vitl14": dict(iters=109000, batch_size=128),  # RedDino L: 2 GPUs x 64, 10 x 10,900 steps
     "vitg14": dict(iters=109000, batch_size=128),  # RedDino has no giant: as L
@@ -759,13 +758,13 @@ def from_rank_0(make):
     """make() on rank 0, its result on all. Where it raises, rank 0 says why and the others stop without a word."""
     if not dist.is_initialized():
         return make()
-    box = [None, SystemExit(2)]  # result, and what to raise instead
+    box = [None]
     try:
-        box = [make(), None] if dist.get_rank() == 0 else box
+        box = [make()] if dist.get_rank() == 0 else box
     finally:
         dist.broadcast_object_list(box)
-    if box[1]:
-        raise box[1]
+    if box[0] is None:
+        raise SystemExit(2)
     return box[0]
 
 def gather(x) -> list:
@@ -823,13 +822,11 @@ class Journal:
 
     def __init__(self, out: Path, start: int, writes: bool):
         self.writes, self.skipped, self.skipped_file = writes, {}, out / "skipped.txt"
-        path = out / "metrics.jsonl"
+        self.metrics = open(out / "metrics.jsonl" if writes else os.devnull, "a+")  # noqa: SIM115  (as long as the run)
         if writes:  # what came after the checkpoint is done again; the last line may be cut short
-            lines = path.read_text().splitlines(True) if start and path.exists() else []
-            kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] < start]
-            path.with_suffix(".new").write_text("".join(kept))
-            os.replace(path.with_suffix(".new"), path)
-        self.metrics = open(path if writes else os.devnull, "a")  # noqa: SIM115  (open as long as the run)
+            self.metrics.seek(0)
+            kept = [line for line in self.metrics if line.endswith("}\n") and json.loads(line)["step"] < start]
+            self.metrics.truncate(len("".join(kept)))
 
     def say(self, *lines: str):
         if self.writes and any(lines):
