@@ -120,11 +120,10 @@ class Config:
     export: str = opt("", "write the backbone of the run in OUT to this file, and stop")
 
 PRESETS = {
-    # From scratch, on little data, in minutes, on drawn smears. Changed together, so none of them has the credit alone:
-    # few prototypes, a fast teacher, views that overlap much, a strong KoLeo, one transform. Only the last was tried by
-    # itself too: with four, the class-token loss was at ln K after 200 steps. One seed each: a start, not a search.
-    "nano": dict(prototypes=128, head_hidden=256, head_bottleneck=64, patch_size=64, global_size=64, local_size=32,
-                 local_crops=0, global_scale=0.5, transforms=1, koleo=1.0, momentum=0.95, teacher_temp=0.04, iters=600,
+    # From scratch, on little data, in minutes. 20-NN weighted F1 on drawn smears after 450 steps, one seed: 39 as it is,
+    # 36 with KoLeo at 0.3, 37 with 4 local views, 39 with 1 transform; with 4 the class-token loss stays at ln K.
+    "nano": dict(prototypes=128, head_hidden=256, head_bottleneck=64, patch_size=80, global_size=64, local_size=32,
+                 local_crops=0, global_scale=0.5, transforms=2, koleo=1.0, momentum=0.95, teacher_temp=0.04, iters=600,
                  batch_size=32, lr=6e-3, warmup=0.1, weight_decay_end=0.04, layerscale=1.0),
     "vitb14": dict(iters=36500, batch_size=392),  # RedDino B: 2 GPUs x 196, 10 x 3,650 steps
     "vitl14": dict(iters=109000, batch_size=128),  # RedDino L: 2 GPUs x 64, 10 x 10,900 steps
