@@ -1,0 +1,469 @@
+"""How fast, how small: each number of the README's table, measured side by side with what else one could use.
+
+    python tests/bench.py                                       ours alone; says which rows have no peer here
+    python tests/bench.py --lightly PEER/bin/python --albumentations OLD/bin/python --out bench.json
+    python tests/bench.py --only train decode --rounds 3        some rows
+    python tests/bench.py --quick                               a minute: does it run? Its numbers mean nothing
+    python tests/bench.py --device cuda --arch vits14 vitb14 vitl14     the step on a GPU: bfloat16, compiled
+
+Linux. Run it with nothing else on the machine: ours and the peer take turns, so a slow moment hits both, but memory
+bandwidth is shared with whoever is there. The peers live in environments of their own:
+
+    python -m venv PEER && PEER/bin/pip install torch torchvision lightly-train        # same torch as ours
+    python -m venv OLD && OLD/bin/pip install "albumentations==1.4.3" "numpy<2" "opencv-python-headless<4.11"
+
+Each side is a child process that does one unit of work (a step, a pass over some images) when asked and answers with
+what it took; its peak memory is its own. A ratio is between neighbours in time; shown are min, median and max.
+"""
+import argparse
+import contextlib
+import json
+import operator
+import os
+import platform
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Children. SERVE is all that both sides of a comparison share; what it calls is `measure`, made by the code before it.
+
+SERVE = """
+import json, os, sys
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)  # what libraries print is no answer
+def serve(measure):
+    for line in sys.stdin:
+        print(json.dumps(measure(**json.loads(line))), file=answers, flush=True)
+"""
+
+LIGHTLY = """
+import resource, time, torch
+from lightly_train._methods.dinov2 import dinov2
+from lightly_train._models.embedding_model import EmbeddingModel
+from lightly_train._models.package_helpers import get_wrapped_model
+from lightly_train._torch_helpers import update_momentum
+
+wrapped = get_wrapped_model(f"dinov2/{arch}-notpretrained", num_input_channels=3)
+for block in wrapped.get_model().blocks:  # as ours: without stochastic depth
+    block.sample_drop_ratio = 0.0
+settings = dinov2.DINOv2Args(output_dim=prototypes, center_method="sinkhorn_knopp", koleo_loss_weight=0.0)
+settings.weight_decay_start = 0.04
+method = dinov2.DINOv2(settings, dinov2.DINOv2AdamWViTArgs(), EmbeddingModel(wrapped_model=wrapped), batch, 3)
+class Numbers:
+    global_step, max_epochs, estimated_stepping_batches = 0, 1, 1000
+type(method).trainer = property(lambda self: Numbers)
+method.to(device).train()
+method.teacher_embedding_model.eval(), method.teacher_head.eval()
+optimizer = method.configure_optimizers()[0][0]
+trained = [p for group in optimizer.param_groups for p in group["params"]]
+views = [torch.randn(batch, 3, size, size, device=device) for size in [224] * 2 + [98] * local_crops]
+pairs = [(method.student_embedding_model, method.teacher_embedding_model), (method.student_head, method.teacher_head)]
+
+def measure():
+    began = time.perf_counter()
+    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        loss = method.training_step_impl({"views": views}, 0).loss
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(trained, 3.0)
+    optimizer.step()
+    for student, teacher in pairs:
+        update_momentum(student, teacher, m=0.994)
+    loss.item()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - began
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else resource.getrusage(0).ru_maxrss * 1024
+    return dict(seconds=seconds, peak=peak)
+"""
+
+RELEASE = """
+import itertools, os, time, warnings
+warnings.simplefilter("ignore")
+import albumentations as A, cv2
+
+cv2.setNumThreads(0)
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+names = '''RandomFog Blur GaussianBlur MedianBlur MotionBlur Defocus GlassBlur Sharpen Emboss RingingOvershoot
+ColorJitter HueSaturationValue RGBShift RandomBrightnessContrast RandomGamma RandomToneCurve FancyPCA
+CLAHE Equalize ChannelShuffle ChannelDropout InvertImg Solarize Posterize GaussNoise ISONoise
+MultiplicativeNoise Downscale ImageCompression RandomShadow RandomSunFlare RandomRain RandomSnow'''.split()
+def pipeline(size, *scale):
+    some = A.SomeOf([getattr(A, name)(p=0.85) for name in names], n=4)
+    turns = [A.HorizontalFlip(p=0.85), A.VerticalFlip(p=0.85), A.RandomRotate90(p=0.85)]
+    return A.Compose([A.RandomResizedCrop(size, size, scale=scale), some, *turns, A.Normalize()])
+views = [pipeline(224, 0.32, 1.0)] * 2 + [pipeline(98, 0.05, 0.32)] * local_crops
+endless = itertools.cycle(sorted(os.path.join(folder, name) for name in os.listdir(folder)))
+
+def measure():
+    began = time.process_time()
+    for path in itertools.islice(endless, images):
+        patch = cv2.resize(cv2.imread(path), (224, 224))
+        for view in views:
+            view(image=patch)
+    return dict(seconds=time.process_time() - began)
+"""
+
+def train_step(arch, prototypes, local_crops, batch, device):
+    """Ours: what reddino.train does between a batch and the log line."""
+    import torch
+    from torch import nn
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    import augment
+    import reddino
+
+    cfg = reddino.configure(arch=arch, prototypes=prototypes, local_crops=local_crops, batch_size=batch, device=device)
+    device, dtype = reddino.choose_device(cfg)
+    reddino.start_processes(device)
+    model = reddino.first_networks(cfg)[0].to(device)
+    optimizer = reddino.make_optimizer(cfg, model.student)
+    if device.type == "cuda":
+        for block in [*model.student["backbone"].blocks, *model.teacher["backbone"].blocks]:
+            block.compile()
+    globals_, locals_ = (torch.randint(256, (n * batch, 3, size, size), dtype=torch.uint8)
+                         for n, size in ((2, cfg.global_size), (local_crops, cfg.local_size)))
+    grid = cfg.global_size // model.student["backbone"].patch_size
+    now, rng = reddino.schedules(cfg, 0.5), np.random.default_rng(0)
+
+    def step(number):
+        masks = [augment.block_mask(rng, grid, grid, r).ravel() for r in augment.mask_ratios(0, number, 2 * batch)]
+        masks = torch.from_numpy(np.stack(masks))
+        reddino.apply_schedules(optimizer, now)
+        with torch.autocast(device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
+            views = (augment.normalise(v, device, torch.float32) for v in (globals_, locals_))
+            loss = sum(model(*views, masks, now["teacher_temp"]).values())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        for part in model.student.values():
+            nn.utils.clip_grad_norm_(part.parameters(), cfg.clip)
+        optimizer.step()
+        model.update_teacher(now["momentum"])
+        return loss.item()
+
+    def measure(number, count=False):
+        if count:
+            with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # fused kernels go uncounted
+                step(number)
+            return dict(counted=counter.get_total_flops())
+        began = time.perf_counter()
+        step(number)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - began
+        peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(0).ru_maxrss * 1024
+        return dict(seconds=seconds, peak=peak, flops=reddino.step_flops(cfg, model),
+                    gemm=max(reddino.matmul_rate(device, dtype) for _ in range(3)))
+
+    return measure
+
+def augmented(folder, images, local_crops):
+    """Ours, from the same files, decoded each time."""
+    import augment
+
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    augment.KEEP = 0  # or Patches would read each once
+    patches, crop, done = augment.Patches([folder]), augment.MultiCrop(local_crops=local_crops), 0
+    patches.kept = None
+
+    def measure():
+        nonlocal done
+        began = time.process_time()
+        for i in range(done, done + images):
+            crop(patches[i % len(patches)], augment.sample_rng(0, i % len(patches), i // len(patches)))
+        done += images
+        return dict(seconds=time.process_time() - began)
+
+    return measure
+
+def decoded(folder, images):
+    """Share of the time that reading files takes, in the batches of a run on data that memory can't keep."""
+    import augment
+    import reddino
+
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    augment.KEEP, read, spent = augment.KEEP / 10, augment.read_image, 0.0  # as for 10 times the smears
+    cfg = reddino.configure(data=[folder], batch_size=16, workers=0)
+    batches = augment.batches(cfg, augment.Patches([folder]), 0, 14, 0, 1, workers=0, pin=False)
+
+    def timed(*args, **options):
+        nonlocal spent
+        began = time.process_time()
+        try:
+            return read(*args, **options)
+        finally:
+            spent += time.process_time() - began
+
+    augment.read_image = timed
+
+    def measure():
+        nonlocal spent
+        began, spent = time.process_time(), 0.0
+        for _ in range(images // 16):
+            next(batches)
+        seconds = time.process_time() - began
+        return dict(share=spent / seconds, seconds=seconds)
+
+    return measure
+
+class Child:
+    """One side of a comparison; what comes from `ask` is a dict of numbers."""
+
+    def __init__(self, work, python=sys.executable, **given):
+        command = [python, __file__, "--child", work.__name__, json.dumps(given)] if callable(work) else [
+            python, "-c", SERVE + "\n".join(f"{k} = {v!r}" for k, v in given.items()) + work + "serve(measure)"]
+        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed with the process)
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said)
+        self.process = subprocess.Popen(command, text=True, **pipes)
+
+    def ask(self, **what) -> dict:
+        with contextlib.suppress(BrokenPipeError):
+            print(json.dumps(what), file=self.process.stdin, flush=True)
+        if not (answer := self.process.stdout.readline()):
+            self.said.seek(0)
+            raise RuntimeError(f"a child ended: {(self.said.read().strip() or 'without a word').splitlines()[-1]}")
+        return json.loads(answer)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait()
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows. Each yields (what, unit, values, goal): all values that were measured, and ">= 1.5" or the like.
+
+def drawn(folder: Path, images: int) -> Path:
+    """Smears to measure on."""
+    import smears
+
+    return smears.draw(folder / f"drawn{images}", images).parent / "smears"
+
+def train(args, folder):
+    """A whole step, against LightlyTrain's; on a GPU for each --arch, as RedDino is trained there."""
+    gpu, batches = args.device == "cuda", {"vits14": 280, "vitb14": 196, "vitl14": 64}
+    for arch in args.arch:
+        work = dict(arch=arch, prototypes=131072 if gpu else 65536, local_crops=1 if gpu else 8,
+                    batch=args.batch_size or (batches.get(arch, 64) if gpu else 8), device=args.device)
+        work |= dict(prototypes=4096, local_crops=1, batch=2) if args.quick else {}
+        name = f"{arch} batch {work['batch']}, 2 + {work['local_crops']} views, {work['prototypes']:,} prototypes"
+        with contextlib.ExitStack() as stack:
+            ours = stack.enter_context(Child(train_step, **work))
+            peer = args.lightly and stack.enter_context(Child(LIGHTLY, args.lightly, **work))
+            o, p = [], []
+            for number in range(-1 - gpu, args.rounds):  # the first fill caches, on a GPU they compile
+                o.append(ours.ask(number=number + 2))
+                p += [peer.ask()] if peer else []
+            o, p = o[-args.rounds:], p[-args.rounds:]
+            counted = ours.ask(number=0, count=True)["counted"] if not gpu else None
+        yield f"step of {name}", "img/s", [work["batch"] / x["seconds"] for x in o], ""
+        yield "its peak memory", "GiB", [o[-1]["peak"] / 2**30], ""
+        if p:
+            yield "LightlyTrain's step", "img/s", [work["batch"] / x["seconds"] for x in p], ""
+            yield "its peak memory", "GiB", [p[-1]["peak"] / 2**30], ""
+            yield "img/s, ours : LightlyTrain's", "x", [b["seconds"] / a["seconds"] for a, b in zip(o, p)], ">= 1.5"
+            yield "peak memory, ours : LightlyTrain's", "x", [o[-1]["peak"] / p[-1]["peak"]], "<= 0.5"
+        else:
+            yield "LightlyTrain's step: skipped, --lightly is not given", "", [], ""
+        yield "matrix products at their fastest", "GFLOP/s", [x["gemm"] / 1e9 for x in o], ""
+        yield "step_flops", "TFLOP", [o[0]["flops"] / 1e12], ""
+        if counted:
+            yield "step_flops : torch's FlopCounterMode, one step", "x", [o[0]["flops"] / counted], ""
+        best = max(x["gemm"] for x in o)
+        yield "MFU: share of that rate", "%", [100 * x["flops"] / x["seconds"] / best for x in o], ">= 75"
+
+def memory(args, folder):
+    """What logits take: the peak at 16 times the prototypes, less what belongs to the prototypes themselves."""
+    peaks = []
+    for prototypes in (131072, 8192):
+        work = dict(arch="vits14", prototypes=prototypes, local_crops=8, batch=2 if args.quick else 8, device="cpu")
+        with Child(train_step, **work) as child:
+            peak = [child.ask(number=n)["peak"] for n in range(2)][-1]
+        # weight_v and weight_g in float32: student, its gradient, AdamW's two averages, teacher
+        peaks.append(peak - 5 * 4 * prototypes * (256 + 1))
+        yield f"peak memory at {prototypes:,} prototypes", "GiB", [peak / 2**30], ""
+        yield "without prototypes, their gradients, averages, teacher", "GiB", [peaks[-1] / 2**30], ""
+    yield "that at 131,072 : at 8,192", "x", [peaks[0] / peaks[1]], "< 1.3"
+
+def augmentation(args, folder):
+    """Views of an image on one core, from 224-pixel JPEGs, against the release's recipe."""
+    from PIL import Image
+
+    import augment
+
+    cut = folder / "cut"
+    cut.mkdir(exist_ok=True)
+    patches, n = augment.Patches([args.data or drawn(folder, 16)]), 8 if args.quick else 64
+    for i in range(n):
+        Image.fromarray(patches[i * (len(patches) // n)]).save(cut / f"{i:03d}.jpg", quality=95)
+    for crops in (1, 8):
+        work = dict(folder=str(cut), images=8 if args.quick else 192, local_crops=crops)
+        with contextlib.ExitStack() as stack:
+            ours = stack.enter_context(Child(augmented, **work))
+            peer = args.albumentations and stack.enter_context(Child(RELEASE, args.albumentations, **work))
+            pairs = [(ours.ask(), peer.ask() if peer else None) for _ in range(args.rounds + 1)][1:]
+        o, p = zip(*([x and work["images"] / x["seconds"] for x in pair] for pair in pairs))
+        yield f"augmentation, 2 + {crops} views", "images per CPU second", o, ""
+        if p[0]:
+            yield "the release's recipe", "images per CPU second", p, ""
+            yield "ours : the release's", "x", [a / b for a, b in zip(o, p)], ">= 2"
+        else:
+            yield "the release's recipe: skipped, --albumentations is not given", "", [], ""
+
+def decode(args, folder):
+    """5-megapixel smears (mosaics of 4 x 4 of 640 x 480), cut into 224-pixel patches."""
+    from PIL import Image
+
+    import augment
+
+    small = [augment.read_image(path) for path in augment.find_images(args.data or drawn(folder, 16))[:16]]
+    small = [np.array(Image.fromarray(x).resize((640, 480))) for x in small]
+    (folder / "large").mkdir(exist_ok=True)
+    for i in range(4 if args.quick else 12):
+        order = np.random.default_rng(i).permutation(16) % len(small)
+        rows = [np.concatenate([small[k] for k in order[r:r + 4]], 1) for r in (0, 4, 8, 12)]
+        Image.fromarray(np.concatenate(rows)).save(folder / "large" / f"{i}.jpg", quality=95)
+    with Child(decoded, folder=str(folder / "large"), images=32 if args.quick else 432) as child:
+        child.ask()
+        answers = [child.ask() for _ in range(args.rounds)]
+    yield "2560 x 1920 smears: share of loading that is decoding", "%", [100 * x["share"] for x in answers], "< 20"
+
+def nano(args, folder, processes=1):
+    """Run the demo's training; img/s and the share of time that it waits for data, of each line of its log."""
+    data, iters = args.data or drawn(folder, 16 if args.quick else 48), 40 if args.quick else 160
+    out = tempfile.mkdtemp(dir=folder)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = torchrun if processes > 1 else [sys.executable]
+    command += [ROOT / "reddino.py", "--data", data, "--arch", "nano", "--workers", "1", "--out", out,
+                "--iters", str(iters), "--log-every", "20", "--device", "cpu"]
+    threads = {"OMP_NUM_THREADS": str(max(len(os.sched_getaffinity(0)) // processes, 1))}
+    run = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=os.environ | threads)
+    found = re.findall(r"([\d.]+) img/s +wait (\d+)%", run.stdout)[1:]  # in the first, processes start
+    if run.returncode:
+        raise RuntimeError(f"reddino.py ended with {run.returncode}: {run.stderr.strip().splitlines()[-1]}")
+    return [float(rate) for rate, _ in found], [float(wait) for _, wait in found]
+
+def loader(args, folder):
+    """Does the demo's training wait for its data?"""
+    waits = [wait for _ in range(1 if args.quick else 2) for wait in nano(args, folder)[1]]
+    yield "nano, 1 loading worker: share of time waiting for data", "%", waits, "< 5"
+
+def processes(args, folder):
+    """The same batch over 2 processes with 1 thread each, or in 1 with 2."""
+    pairs = [[statistics.median(nano(args, folder, n)[0]) for n in (1, 2)] for _ in range(min(args.rounds, 3))]
+    yield "nano, 1 process, all cores", "img/s", [a for a, _ in pairs], ""
+    yield "nano, 2 processes, half of them each", "img/s", [b for _, b in pairs], ""
+    yield "2 processes : 1", "x", [b / a for a, b in pairs], ">= 0.9"
+
+def probe(args, folder):
+    """Classifiers on frozen features of 18,744 cells (Chula RBC-12's number) against scikit-learn's."""
+    import torch
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neighbors import KNeighborsClassifier
+
+    import eval as ev
+
+    if args.cells:
+        cells = ev.read_cells(args.cells)
+        x = ev.extract_features(ev.load_backbone("pixels"), torch.cat(list(ev.crops_of(cells, 80, 64, {}))))
+        y, what = torch.from_numpy(cells.label), f"16 x 16 pixels of {len(cells.label):,} cells"
+    else:  # as a ViT-S gives: 384, variances falling as 1 / rank^2, all mixed
+        rng, n = np.random.default_rng(0), 2000 if args.quick else 18744
+        y = torch.from_numpy(rng.choice(12, n, p=np.arange(1, 13) / 78))
+        x = (rng.normal(size=(12, 384))[y] * 0.6 + rng.normal(size=(n, 384))) / np.arange(1, 385)
+        x = torch.from_numpy(x @ np.linalg.qr(rng.normal(size=(384, 384)))[0]).float()
+        what = f"{n:,} x 384 synthetic features"
+    test = torch.from_numpy(np.random.default_rng(1).permutation(len(x)) % 5 == 0)
+    a, b, ya, yb = x[~test], x[test], y[~test], y[test].numpy()
+
+    def sklearn_linear(l2=1e-3):
+        mean, std = a.mean(0), a.std(0, correction=0)
+        fit = LogisticRegression(C=1 / (l2 * len(a)), max_iter=5000).fit(((a - mean) / std).numpy(), ya.numpy())
+        return fit.predict(((b - mean) / std).numpy())
+
+    def sklearn_knn():
+        unit = [torch.nn.functional.normalize(t, dim=1).numpy() for t in (a, b)]
+        return KNeighborsClassifier(20, weights=lambda d: np.exp((1 - d) / 0.07), metric="cosine",
+                                    algorithm="brute").fit(unit[0], ya.numpy()).predict(unit[1])
+
+    sides = {"linear probe": (lambda: ev.linear_probe(a, ya, b, 1e-3).argmax(1).numpy(), sklearn_linear),
+             "20-NN": (lambda: ev.knn(a, ya, b).argmax(1).numpy(), sklearn_knn)}
+    for name, both in sides.items():
+        seconds, right = ([], []), [0, 0]
+        for _ in range(1 if args.quick else min(args.rounds, 3)):
+            for side, run in enumerate(both):
+                began = time.perf_counter()
+                right[side] = float((run() == yb).mean())
+                seconds[side].append(time.perf_counter() - began)
+        yield f"{name} on {what}", "s", seconds[0], ""
+        yield "scikit-learn's", "s", seconds[1], ""
+        yield "scikit-learn's time : ours", "x", [q / p for p, q in zip(*seconds)], "> 1" if "linear" in name else ""
+        yield "accuracy, ours less scikit-learn's", "points", [100 * (right[0] - right[1])], ""
+
+ROWS = {row.__name__: row for row in (train, memory, augmentation, decode, loader, processes, probe)}
+
+def reached(goal: str, value: float) -> bool:
+    sign, than = goal.split()
+    return {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}[sign](value, float(than))
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lightly", help="python of an environment with lightly-train")
+    parser.add_argument("--albumentations", help="python of an environment with albumentations 1.4.3")
+    parser.add_argument("--data", help="folder of smears; without it they are drawn")
+    parser.add_argument("--cells", help="cells.csv for the evaluation's row; without it features are drawn")
+    parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--arch", nargs="+", default=["vits14"])
+    parser.add_argument("--batch-size", type=int, default=0, help="of the train step; by default 8, on a GPU RedDino's")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each is measured")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--out", default=str(ROOT / "out" / "bench.json"))
+    args = parser.parse_args()
+    import torch
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.exit(2, "bench.py: error: --device cuda: PyTorch finds none here\n")
+    args.rounds, args.only = 1 if args.quick else args.rounds, ["train"] if args.device == "cuda" else args.only
+    name = torch.cuda.get_device_name() if args.device == "cuda" else (
+        f"{len(os.sched_getaffinity(0))} cores of {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}")
+    results = dict(date=time.strftime("%Y-%m-%d"), machine=name, torch=torch.__version__, quick=args.quick, rows=[])
+    print(f"{results['date']}, {name}, torch {torch.__version__}", "--quick: not to be quoted" * args.quick, flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in args.only:
+            try:
+                for what, unit, values, goal in ROWS[name](args, Path(folder)):
+                    row = dict(row=name, what=what, unit=unit, values=list(values), goal=goal)
+                    if values:
+                        low, mid, high = min(values), statistics.median(values), max(values)
+                        row |= dict(min=low, median=mid, max=high)
+                        verdict = f"  {goal}: {'reached' if reached(goal, mid) else 'MISSED'}" if goal else ""
+                        print(f"{name:12s} {what:58s} {mid:8.4g} [{low:.4g}, {high:.4g}] {unit}{verdict}", flush=True)
+                    else:
+                        print(f"{name:12s} {what}", flush=True)
+                    results["rows"].append(row)
+            except (RuntimeError, ImportError) as error:  # the other rows are still worth having
+                print(f"{name:12s} failed: {error}", flush=True)
+                results["rows"].append(dict(row=name, what=f"failed: {error}", values=[]))
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    Path(args.out).write_text(json.dumps(results, indent=1))
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        exec(SERVE)
+        serve(globals()[sys.argv[2]](**json.loads(sys.argv[3])))  # noqa: F821  (of SERVE)
+    else:
+        main()
