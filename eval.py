@@ -700,8 +700,9 @@ def as_table(results: dict, bold: str, plain: str) -> str:
     return page
 
 def write_results(results: dict, out):
-    """results.json: everything; results.csv: a line a row; results.md: the table."""
+    """results.json: everything; results.csv: a line a row; results.md: the table; skipped.txt: what can't be read."""
     Path(out, "results.md").write_text(as_table(results, "**", "**"))
+    Path(out, "skipped.txt").write_text("".join(f"{BadImage(*bad)}\n" for bad in results["skipped"].items()))
     Path(out, "results.json").write_text(json.dumps(results, indent=1))
     with open(os.path.join(out, "results.csv"), "w", newline="") as file:
         table, keys = csv.writer(file), ("protocol", "split", "weights", *SCORES)

@@ -637,6 +637,7 @@ def test_class_folders_broken_images_and_odd_shapes(tmp_path):
     assert result["cells"] == 16 and list(result["skipped"]) == [str(broken)]
     assert len([s for s in said if "broken.png" in s]) == 1
     assert json.loads((tmp_path / "out" / "results.json").read_text())["skipped"] == result["skipped"]
+    assert (tmp_path / "out" / "skipped.txt").read_text().count("\n") == len(result["skipped"])
     assert {r["weights"]: r["accuracy"] for r in result["rows"] if r["protocol"] == "1-NN"}["colour"] == 1
     for p in (tmp_path / "data" / "dark" / "deeper").iterdir():
         p.write_bytes(b"no image")
