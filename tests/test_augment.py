@@ -204,6 +204,38 @@ def test_two_sources_and_pickling(tmp_path):
             p[i]
 
 
+@pytest.mark.parametrize("keep", [0, 40_000, 10**9])
+def test_each_smear_is_decoded_about_once_an_epoch(tmp_path, monkeypatch, keep):
+    for k in range(30):
+        Image.fromarray(np.full((60, 60, 3), k, np.uint8)).save(tmp_path / f"{k:02d}.png")
+    monkeypatch.setattr(augment, "KEEP", keep)  # one, three, all of these smears
+    patches, read, reads = augment.Patches([str(tmp_path)], 15), augment.read_image, []
+    monkeypatch.setattr(augment, "read_image", lambda path, **o: reads.append(path) or read(path, **o))
+    order = patches.shuffled(0, len(patches), np.random.default_rng(0))
+    assert sorted(order) == list(range(len(patches))) and len(order) == 30 * 16
+    assert np.array_equal(order, patches.shuffled(0, len(patches), np.random.default_rng(0)))
+    for i in order:
+        assert (patches[i] == i // 16).all()
+    assert len(reads) <= 30 * 1.3 and len(patches.kept) == min(patches.open, 30)
+    if keep == 10**9:  # all are kept: a plain shuffle
+        assert np.array_equal(order, np.random.default_rng(0).permutation(len(patches)))
+
+
+@pytest.mark.parametrize("mix", [1, 3])
+def test_a_batch_mixes_so_many_smears(tmp_path, mix):
+    for k in range(20):
+        Image.fromarray(np.full((60, 60, 3), k, np.uint8)).save(tmp_path / f"{k:02d}.png")
+    patches = augment.Patches([str(tmp_path)], 15)
+    for first, last in ((0, 320), (160, 320)):  # all, and the second half as a source of its own
+        order = patches.shuffled(first, last, np.random.default_rng(0), mix)
+        assert sorted(order) == list(range(first, last))
+        smears = np.array([len(set(order[i : i + 16] // 16)) for i in range(0, len(order), 16)])
+        assert (smears == 1).all() if mix == 1 else 1.5 < smears.mean() <= 4.5
+        inside = order[order // 16 == order[-1] // 16]
+        assert list(inside) != sorted(inside)
+
+
+
 def test_patches_of_the_corpus(corpus):
     folder, good, bad = corpus
     p = Patches([folder])

@@ -475,7 +475,7 @@ def drawn(images, world, start=0, **more):
     cfg = configure(**options(images, "out", **more))
     patches = Patches(cfg.data, cfg.patch_size)
     given = patches, range(start, cfg.iters), cfg.batch_size, cfg.seed, cfg.balance
-    return patches, list(zip(*(augment.Draws(*given, rank, world) for rank in range(world))))
+    return patches, list(zip(*(augment.Draws(*given, rank, world, cfg.mix) for rank in range(world))))
 
 
 def test_each_patch_once_an_epoch_across_processes(images):
