@@ -470,7 +470,6 @@ def koleo_loss(x: Tensor, eps: float = 1e-8) -> Tensor:
     everyone, first = x, 0
     if dist.is_initialized():
         from torch.distributed.nn.functional import all_gather  # the all_gather that gradients flow through
-
         everyone, first = torch.cat(all_gather(x)), dist.get_rank() * len(x)
     with torch.no_grad():
         cosine = x @ everyone.T  # [B, B of all processes]
@@ -592,7 +591,6 @@ class DINO(nn.Module):
 def first_networks(cfg: Config) -> tuple[DINO, str]:
     """Student and teacher at step 0, the same in all processes, and a line that says what --init has loaded."""
     from eval import load_weights, read_backbone  # which imports this file
-
     torch.manual_seed(cfg.seed)
     model, loaded = DINO(cfg), ""
     if cfg.init:  # RedDino: from DINOv2's weights, student and teacher alike; only the heads are new
@@ -621,8 +619,7 @@ def schedules(cfg: Config, done: float) -> dict[str, float]:
     lr = peak * done / warmup if done < warmup else cosine(peak, cfg.min_lr, (done - warmup) / max(1 - warmup, 1e-9))
     warm = min(done / cfg.teacher_temp_warmup, 1) if cfg.teacher_temp_warmup else 1
     return {
-        "lr": lr,
-        "last_layer_lr": 0.0 if done < cfg.freeze_last_layer else lr,
+        "lr": lr, "last_layer_lr": 0.0 if done < cfg.freeze_last_layer else lr,
         "weight_decay": cosine(cfg.weight_decay, cfg.weight_decay_end, done),
         "momentum": cosine(cfg.momentum, 1.0, done),
         "teacher_temp": cfg.teacher_temp_start + (cfg.teacher_temp - cfg.teacher_temp_start) * warm,
@@ -681,7 +678,6 @@ def write_aside(path: Path, state: dict | list, keep: Path | None = None):
 def read_checkpoint(paths: list[Path]) -> tuple[dict | None, str]:
     """The first of these that can be read, and a line that says so (None without any). Raises UserError if none can."""
     from eval import load_file
-
     said = []
     for path in paths:
         try:
@@ -855,8 +851,7 @@ class Watch:
     """Signs of collapse, the failure that DINO's users report most, for next to nothing: from the teacher's last 2,048
     class tokens, how many prototypes they are nearest to, their spread on the unit sphere, their effective rank."""
 
-    def __init__(self):
-        self.tokens, self.nearest, self.warned = torch.empty(0), torch.empty(0, dtype=torch.long), False
+    tokens, nearest, warned = torch.empty(0), torch.empty(0, dtype=torch.long), False
 
     def note(self, signs: dict[str, Tensor]):
         self.tokens = torch.cat([self.tokens.to(signs["cls"].device), signs["cls"].float()])[-2048:]
@@ -908,11 +903,9 @@ def train(cfg: Config) -> Path:
     if cfg.compile or (cfg.compile is None and device.type == "cuda"):  # by block: compiles in seconds, not minutes
         for block in [*vit.blocks, *model.teacher["backbone"].blocks]:
             block.compile()
-    parallel = model
-    if world > 1:  # gradients become means over processes while the backward pass still runs
-        ids = [device.index] if device.type == "cuda" else None
-        parallel = nn.parallel.DistributedDataParallel(
-            model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)  # fmt: skip
+    parallel = model if world == 1 else nn.parallel.DistributedDataParallel(  # gradients: means over processes
+        model, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False,
+        gradient_as_bucket_view=True)  # fmt: skip
 
     def save():
         if rank == 0:
@@ -1010,7 +1003,6 @@ def demo(cfg: Config):
     """Without --data: draw smears, train on some, score the features on others before and after."""
     import smears
     from eval import evaluate
-
     rank, _ = start_processes(choose_device(cfg)[0])
     out, untrained = Path(cfg.out), Path(cfg.out, "untrained.pth")
 
@@ -1030,7 +1022,6 @@ def main(argv: list[str] | None = None):
         cfg = parse_args(sys.argv[1:] if argv is None else argv)
         if cfg.export:
             from eval import read_backbone
-
             write_aside(Path(cfg.export), read_backbone(str(Path(cfg.out) / "checkpoint.pth")))
         elif cfg.data:
             train(cfg)
