@@ -174,14 +174,13 @@ def augmented(folder, images, local_crops):
     import augment
 
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    augment.KEEP = 0  # or Patches would read each once
     patches, crop, done = augment.Patches([folder]), augment.MultiCrop(local_crops=local_crops), 0
-    patches.kept = None
 
     def measure():
         nonlocal done
         began = time.process_time()
         for i in range(done, done + images):
+            patches.kept.clear()  # or each would be decoded once
             crop(patches[i % len(patches)], augment.sample_rng(0, i % len(patches), i // len(patches)))
         done += images
         return dict(seconds=time.process_time() - began)
