@@ -498,10 +498,7 @@ class ByRows(torch.autograd.Function):
                 (d_logits,) = torch.autograd.grad(ByRows.SCALE * part, logits)
             total.append(part.detach())
             d_tokens.append(d_logits @ prototypes)
-            if d_logits.dtype == x.dtype == d_prototypes.dtype:
-                d_prototypes.addmm_(d_logits.T, x)  # adds while it multiplies: no product [K, D] on the side
-            else:  # autocast
-                d_prototypes += d_logits.T @ x
+            d_prototypes += d_logits.T @ x
         ctx.save_for_backward(torch.cat(d_tokens).to(tokens), d_prototypes)
         return torch.stack(total).sum()
 

@@ -354,6 +354,28 @@ def test_gradients_of_the_losses():
     )  # fmt: skip  (it is linear, and computed in float32)
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("rows", [0, 1, 600])
+def test_a_loss_by_rows_is_the_plain_one(dtype, tolerance, rows):
+    """600 rows are two and a bit of the chunks in which logits exist."""
+    head = shaken(reddino.DINOHead(12, 40, 24, 16)).to(dtype)
+    tokens = torch.randn(rows, 12, dtype=dtype, requires_grad=True)
+    targets, weights = torch.rand(rows, 40, dtype=dtype).softmax(-1), torch.rand(rows, dtype=dtype)
+
+    def loss(logits, targets, weights):
+        return reddino.ibot_loss(logits, targets, weights, 7)
+
+    wanted = [tokens, *head.parameters()]
+    found = reddino.by_rows(loss, head, tokens, targets, weights)
+    plain = loss(head(tokens), targets, weights)
+    torch.testing.assert_close(found, plain, rtol=tolerance, atol=tolerance)
+    for a, b in zip(torch.autograd.grad(3 * found, wanted), torch.autograd.grad(3 * plain, wanted)):
+        assert (a - b).abs().max() <= tolerance * max(1, b.abs().max()) if b.numel() else a.shape == b.shape
+    if rows == 1 and dtype == torch.float64:
+        assert torch.autograd.gradcheck(lambda x: reddino.by_rows(loss, head, x, targets, weights), tokens)
+
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_koleo_is_finite_on_duplicates(dtype):
     for x in (torch.ones(4, 6), torch.cat([torch.randn(3, 6)] * 2), torch.zeros(4, 6)):
