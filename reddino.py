@@ -123,7 +123,7 @@ class Config:
 PRESETS = {
     # From scratch, on little data, in minutes; the README's "When the loss does not move" has the reasons, as measured.
     "nano": dict(prototypes=64, head_hidden=256, head_bottleneck=64, patch_size=80, global_size=32, local_size=16,
-                 local_crops=0, global_scale=0.7, mix=1, koleo=0.2, ibot=0.3, momentum=0.98,
+                 local_crops=0, global_scale=0.7, transforms=0, mix=1, koleo=0.2, ibot=0.3, momentum=0.98,
                  teacher_temp=0.04, iters=400, batch_size=32, lr=6e-3, warmup=0.1, weight_decay_end=0.04,
                  layerscale=1.0),
     "vitb14": dict(iters=36500, batch_size=392),  # RedDino B: 2 GPUs x 196, 10 x 3,650 steps
