@@ -781,7 +781,8 @@ def panels(figure, title: str, pictures: dict[str, np.ndarray]):
     figure.set_size_inches(11, 0.8 + 5.5 * height * shape[0] / shape[1])
     figure.suptitle(title)
     for i, (name, picture) in enumerate(pictures.items(), 1):
-        figure.add_subplot(height, 2, i, title=name, xticks=[], yticks=[]).imshow(picture)
+        axes = figure.add_subplot(height, 2, i, title=name, xticks=[], yticks=[])
+        axes.imshow(picture, vmax=np.percentile(picture, 99))  # of attention, which a single patch may draw most of
 
 def principal(x: np.ndarray, n: int) -> np.ndarray:
     """The first n principal components of [N, D], [N, n]."""
