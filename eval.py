@@ -729,7 +729,8 @@ def draw_figures(folder, results: dict, features: dict, backbones: dict, cells: 
         draw(f"map {label}", maps, label, features[label].numpy(), cells, seed)
         if isinstance(backbone, VisionTransformer):
             path = cells.files[cells.file[0]]
-            draw(f"smear {label}", panels, f"{label}: {os.path.basename(path)}", smear(backbone, read_image(path)))
+            pictures = smear(backbone, read_image(path), results["crop"])
+            draw(f"smear {label}", panels, f"{label}: {os.path.basename(path)}", pictures)
 
 def few_shot_curves(figure, rows: list[dict], labels):
     axes = figure.subplots()
@@ -790,12 +791,13 @@ def principal(x: np.ndarray, n: int) -> np.ndarray:
     return u[:, :n] * s[:n]
 
 @torch.inference_mode()
-def smear(backbone: VisionTransformer, image: np.ndarray) -> dict[str, np.ndarray]:
+def smear(backbone: VisionTransformer, image: np.ndarray, crop: int | None = None) -> dict[str, np.ndarray]:
     """Pictures by name: an image [H, W, 3] (at most 1,024 pixels of it: a slide would take hours), three principal
     components of its patch tokens as colours [h, w, 3], the last block's attention of the class token by head [h, w].
-    """
+    crop: shrink it as far as squares of this side are shrunk where cells are scored."""
     image, patch, attention, seen = image[:1024, :1024], backbone.patch_size, backbone.blocks[-1].attn, []
-    scale = max(1, backbone.size / min(image.shape[:2]))  # as it is, if it is large enough: so it was in training
+    scale = min(1, backbone.size / (crop or backbone.size))  # cells as small as where they are scored, or as they are
+    scale = max(scale, backbone.size / min(image.shape[:2]))
     rows, columns = (int(n * scale) // patch for n in image.shape[:2])
     x = network_input(torch.from_numpy(image).permute(2, 0, 1)[None], (rows * patch, columns * patch), backbone.device)
     with attention.qkv.register_forward_hook(lambda module, given, out: seen.append(out[0])):

@@ -590,6 +590,14 @@ def test_figures(tmp_path):
     assert all(min(size) > 300 for size in sizes.values())
 
 
+@pytest.mark.parametrize("crop, grid", [(None, (60, 80)), (80, (24, 32)), (16, (60, 80)), (8000, (4, 5))])
+def test_a_smear_is_shrunk_as_the_scored_cells_are(crop, grid):
+    vit = build_vit("nano", img_size=32).eval()
+    vit.size, vit.device = 32, torch.device("cpu")
+    pictures = ev.smear(vit, picture(480, 640), crop)
+    assert pictures["patch tokens, PCA as RGB"].shape == (*grid, 3)
+
+
 @pytest.mark.parametrize("registers", [0, 4])
 def test_a_smears_attention_and_colours_are_timms(registers, tmp_path):
     model, state = timm_vit(registers)
