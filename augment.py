@@ -1,12 +1,15 @@
 """From an image file to training views: patches of smears, RedDino's 32 pixel transforms, multi-crop.
 
     python augment.py SMEAR.jpg -o gallery.png --seed 0     draws every transform by name on that smear
+    python augment.py SLICE.npy --augment ct                those of another organ's recipe
 
 An image travels through read_image (or is a BadImage), Patches (its 224 x 224 windows), MultiCrop (2 global and n
-local views, each through some of TRANSFORMS). Pixels are RGB uint8 all the way; the device normalises them.
+local views, each through some of TRANSFORMS). Pixels are RGB uint8 all the way (for `ct` values until RandomWindow, as
+a window throws most of them away); the device normalises them.
 Papers: RedDino (Zedda et al., MICCAI 2025), DINOv2 (Oquab et al., 2023), multi-crop (SwAV, Caron et al., 2020).
 """
 import argparse
+import contextlib
 import itertools
 import logging
 import math
@@ -29,7 +32,7 @@ warnings.filterwarnings("ignore", module=r"PIL\.")  # what is wrong with a file 
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, RGB in 0..1, which DINOv2's weights expect
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".npy")
 MAX_PIXELS = 40_000_000  # 6,324 x 6,324; reading one takes up to 0.9 GiB (WebP with transparency that EXIF turns)
 
 class UserError(Exception):
@@ -56,36 +59,69 @@ def find_images(folder):
     return sorted(os.path.join(here, name) for here, _, names in os.walk(folder, onerror=unlistable) for name in names
                   if name.lower().endswith(EXTENSIONS) and not name.startswith("."))
 
+def apply_window(values, level, width):
+    """Values of any unit -> uint8: level - width/2 and less is black, level + width/2 and more is white (DICOM PS3.3
+    C.11.2.1.3.2, LINEAR_EXACT). CT counts in Hounsfield units, HU: air -1000, fat -100, water 0, muscle 50, bone 1000.
+    """
+    return (255 / width * (values - (level - width / 2))).clip(0, 255).astype(np.uint8)
+
+def _deep(grey, window, raw):
+    """Grey of more than 8 bits [H, W] -> RGB uint8 [H, W, 3]; raw: as float32 [H, W]. NaN, inf count as the lowest."""
+    with np.errstate(over="ignore"):
+        values = np.array(grey, np.float32, order="C")
+    values = np.where(finite := np.isfinite(values), values, values.min(where=finite, initial=0))
+    if not raw and not window:
+        # Cameras leave the top bits of 16 unused, so full scale is the smallest of 8, 10, 12, 14, 16 bits that holds
+        # the brightest pixel: stretching by the file's own range would undo its exposure.
+        if (brightest := values.max()) < -10 * values.min():  # a little below 0 is noise
+            raise ValueError("values far below 0: say --window LEVEL WIDTH, for a CT in HU e.g. 40 400")
+        full = next((2**b - 1 for b in (8, 10, 12, 14, 16) if brightest < 2**b), brightest)
+        full = 1 if grey.dtype.kind == "f" and brightest <= 1 else full  # floats in 0..1
+    return values if raw else np.dstack([apply_window(values, *window or (full / 2, full))] * 3)
+
+def _slice(path):
+    """What np.save wrote of a slice, [H, W] or uint8 [H, W, 3]; mapped, so that pixels are read when asked for."""
+    values = np.load(path, mmap_mode="r", allow_pickle=False)
+    grey, rgb = values.ndim == 2 and values.dtype.kind in "iuf", values.shape[2:] == (3,) and values.dtype == np.uint8
+    if not values.size or not (grey or rgb):
+        raise ValueError(f"it holds {values.dtype} {list(values.shape)}")
+    return values
+
 def _to_rgb(im):
-    """A PIL image of any mode -> RGB."""
-    if im.mode in ("I", "F") or im.mode.startswith("I;16"):
-        # More than 8 bits of grey. Cameras leave the top bits of 16 unused, so full scale is the smallest of 8, 10, 12,
-        # 14, 16 bits that holds the brightest pixel: stretching by the file's own range would undo its exposure.
-        grey = np.nan_to_num(np.asarray(im, np.float32), posinf=0).clip(0)
-        full = next((2**b - 1 for b in (8, 10, 12, 14, 16) if grey.max() < 2**b), grey.max())
-        full = 1 if im.mode == "F" and grey.max() <= 1 else full  # floats in 0..1
-        im = Image.fromarray((grey * (255 / full)).astype(np.uint8))
+    """A PIL image of at most 8 bits a channel -> RGB."""
     if "A" in im.mode or "a" in im.mode or "transparency" in im.info:
         im = im.convert("RGBA")  # onto white: what a bright field shows where there is nothing
         im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
     return im if im.mode == "RGB" else im.convert("RGB")  # CMYK too: PIL knows that Adobe's JPEGs hold it inverted
 
-def read_image(path, header_only=False, writable=True):
+def read_image(path, header_only=False, writable=True, window=None, raw=False):
     """A file's pixels, RGB uint8 [H, W, 3], upright by its EXIF, first frame or page. Raises BadImage, nothing else.
-    header_only: (H, W) instead, without decoding. writable=False spares a copy: 2.4 for 4.5 ms at 640 x 480."""
+    header_only: (H, W) instead, without decoding. writable=False spares a copy: 2.4 for 4.5 ms at 640 x 480.
+    Grey of more than 8 bits, e.g. what np.save wrote of a slice [H, W], is made 8 bit by window (level, width) in its
+    own units, else by its depth; or stays as it is (raw): float32 [H, W]. Then, without a window, its unit is HU."""
+    npy = str(path).lower().endswith(".npy")
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError("not a regular file")  # opening a named pipe would wait for ever
-        with Image.open(path) as im:
-            if im.width * im.height > MAX_PIXELS:
+        with contextlib.nullcontext(_slice(path)) if npy else Image.open(path) as im:
+            height, width = im.shape[:2] if npy else (im.height, im.width)
+            if width * height > MAX_PIXELS:
                 raise Image.DecompressionBombError
+            kind = im.mode if not npy else im.dtype.str[1:] if im.ndim == 2 else "RGB"  # I, F, I;16, u1, i2, f4, ...
+            unsigned = kind.startswith(("I;16", "u2", "u4", "u8"))
+            if raw and unsigned and not window:
+                raise ValueError("no sign: is water 0, 1024, 32768? --window LEVEL WIDTH in their units, e.g. 1064 400")
             # PIL turns a TIFF by itself. In a PNG only EXIF ahead of the pixels counts: looking behind decodes them.
-            asks = im.format != "TIFF" and (im.format != "PNG" or "exif" in im.info)
+            asks = not npy and im.format != "TIFF" and (im.format != "PNG" or "exif" in im.info)
             orientation = im.getexif().get(0x0112, 1) if asks else 1  # 1 upright; 5 to 8 swap width and height
             if header_only:
-                return (im.width, im.height) if orientation in (5, 6, 7, 8) else (im.height, im.width)
-            im.load()
-            im = _to_rgb(im if orientation == 1 else ImageOps.exif_transpose(im))
+                return (width, height) if orientation in (5, 6, 7, 8) else (height, width)
+            if not npy:
+                im.load()
+                im = im if orientation == 1 else ImageOps.exif_transpose(im)
+            if unsigned or kind[0] in "IFif":
+                return _deep(np.asarray(im), window, raw)
+            im = _to_rgb(Image.fromarray(im) if npy else im)
             return np.array(im) if writable else np.asarray(im)
     except Image.DecompressionBombError:  # a header of 60,000 x 60,000 costs a few bytes; its pixels would cost 10 GB
         reason = f"too large: over {MAX_PIXELS:,} pixels"
@@ -93,6 +129,8 @@ def read_image(path, header_only=False, writable=True):
         reason = "not an image, or of a kind that can't be read"
     except Exception as error:  # decoders raise what they like: SyntaxError, struct.error, KeyError, MemoryError, ...
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        if npy and not isinstance(error, OSError) and "--window" not in reason:
+            reason = f"np.save one slice a file, numbers [H, W] or uint8 [H, W, 3] ({reason})"
     raise BadImage(path, reason)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -109,12 +147,14 @@ def window_starts(length, patch_size):
 
 class Patches:
     """Folders of images as one list of patches: p[i] -> RGB uint8 [h, w, 3], h and w at most patch_size (0: any), or
-    BadImage. A longer side is cut into windows, a shorter one kept whole. Only headers are read here. files: paths.
-    sources: (folder, first patch, one past the last) for each folder. skipped: {path: reason}. Raises UserError for a
-    folder missing, given twice or without images, and if most files are unreadable."""
+    BadImage. A longer side is cut into windows, a shorter one kept whole; of several patch sizes each cuts all of the
+    image: as all views end at one size, these are magnifications. window, raw: see read_image. Only headers are read
+    here. files: paths. sources: (folder, first patch, one past the last) for each folder. skipped: {path: reason}.
+    Raises UserError for a folder missing, given twice or without images, and if most files are unreadable."""
 
-    def __init__(self, folders, patch_size=224):
-        self.patch_size, self.files, self.sources, self.skipped = patch_size, [], [], {}
+    def __init__(self, folders, patch_size=224, window=None, raw=False):
+        self.patch_sizes, self.files, self.sources, self.skipped = np.atleast_1d(patch_size).tolist(), [], [], {}
+        self.reading = {"window": window, "raw": raw}
         self.sizes, ends = [], [0]  # of each file: (height, width); one past its last patch
         if len({os.path.realpath(f) for f in folders}) < len(folders):
             raise UserError(f"--data names a folder twice: {' '.join(map(repr, folders))}")
@@ -123,24 +163,29 @@ class Patches:
             if not found:
                 raise UserError(f"no images in {folder!r} or below it; looked for {' '.join(EXTENSIONS)}")
             with ThreadPoolExecutor(16) as pool:  # mostly waiting for the disk or the network
-                headers = [pool.submit(read_image, path, header_only=True) for path in found]
+                headers = [pool.submit(read_image, path, header_only=True, **self.reading) for path in found]
             for path, header in zip(found, headers):
                 if bad := header.exception():
                     self.skipped[path] = bad.reason
                     continue
                 self.files.append(path)
                 self.sizes.append(header.result())
-                ends.append(ends[-1] + math.prod(len(window_starts(n, patch_size)) for n in self.sizes[-1]))
+                ends.append(ends[-1] + len(self.windows(self.sizes[-1])))
             self.sources.append((folder, begin, ends[-1]))
         if len(self.skipped) > len(self.files):
             raise UserError(f"{len(self.skipped)} of {len(self.skipped) + len(self.files)} images can't be read; the "
                             f"first is {BadImage(*next(iter(self.skipped.items())))}")
         self.sizes, self.ends = np.array(self.sizes), np.array(ends[1:])  # arrays: a forked worker copies none of them
-        largest = 3 * int(self.sizes.prod(1).max(initial=1))
+        largest = (4 if raw else 3) * int(self.sizes.prod(1).max(initial=1))
         self.kept, self.open = {}, max(int(KEEP // largest), 1)  # decoded, the oldest first; how many at most
 
     def __len__(self):
         return int(self.ends[-1])
+
+    def windows(self, shape):
+        """Side, top and left of all patches of an image of this shape, magnification by magnification."""
+        return [(size, *corner) for size in self.patch_sizes
+                for corner in itertools.product(*(window_starts(side, size) for side in shape))]
 
     def file_number(self, i):
         if not 0 <= i < len(self):
@@ -162,18 +207,17 @@ class Patches:
         return first + np.argsort(place % len(present))  # %: the last smears' late patches begin the epoch
 
     def __getitem__(self, i):
-        f, size = self.file_number(i), self.patch_size or MAX_PIXELS
+        f = self.file_number(i)
         image = self.kept.pop(f, None)
         if image is None:
-            image = read_image(self.files[f], writable=False)
+            image = read_image(self.files[f], writable=False, **self.reading)
             if image.shape[:2] != tuple(self.sizes[f]):
                 raise BadImage(self.files[f], "its size has changed since the run began")
             while len(self.kept) >= self.open:
                 del self.kept[next(iter(self.kept))]
         self.kept[f] = image
-        ys, xs = (window_starts(side, self.patch_size) for side in image.shape[:2])
-        y, x = divmod(int(i - self.ends[f]) + len(ys) * len(xs), len(xs))
-        return image[ys[y]:ys[y] + size, xs[x]:xs[x] + size].copy()
+        size, y, x = self.windows(image.shape[:2])[i - self.ends[f]]  # counted from the end: negative
+        return image[y:y + (size or MAX_PIXELS), x:x + (size or MAX_PIXELS)].copy()
 
 # ---------------------------------------------------------------------------------------------------------------------
 # RedDino: 32 pixel transforms where DINOv2 has four. Its release switches on 33 of Albumentations' by name, at the
@@ -306,6 +350,110 @@ DINOV2 = [[
     A.Solarize(threshold_range=(128 / 255, 128 / 255), p=solarize),
 ] for blur, solarize in ((1.0, 0), (0.1, 0.2), (0.5, 0))]
 
+# Other organs: short lists, all of it in this order, each entry with the artefact that it mimics. Grey stays grey, and
+# nothing is mirrored where organs have a side: a mirrored chest is situs inversus, a rare abnormality that has to stay
+# one. Ranges are our choice, by the looks (augment.py SLICE --augment ct). `ct` computes in HU up to its window, by
+# what is ours here, Rotate and Blur: the library's other filters clip floats to 0..1 without a word.
+
+class RandomWindow(A.ImageOnlyTransform):  # values or 8 bit -> 8 bit; 8 bit has been through some window already
+    def __init__(self, windows):
+        super().__init__(p=1)
+        self.windows = windows
+
+    def apply(self, img, **params):
+        level, width = (127.5, 255) if img.dtype == np.uint8 else self.py_random.choice(self.windows)
+        level, width = level + width * self.py_random.uniform(-0.1, 0.1), width * self.py_random.uniform(0.8, 1.25)
+        return apply_window(img.astype(np.float32), level, width)
+
+class Effect(A.ImageOnlyTransform):
+    """One of the functions below: float32 [H, W, C], rng, and numbers, each drawn evenly from its range in `ranges`."""
+    def __init__(self, function, p, **ranges):
+        super().__init__(p=p)
+        self.function, self.ranges = function, ranges
+
+    def apply(self, img, **params):
+        drawn = {name: self.py_random.uniform(*ends) for name, ends in self.ranges.items()}
+        x = self.function(img.astype(np.float32).reshape(*img.shape[:2], -1), self.random_generator, **drawn)
+        x = x.astype(np.float32).reshape(img.shape)
+        return np.rint(x).clip(0, 255).astype(np.uint8) if img.dtype == np.uint8 else x
+
+def noise(x, rng): return rng.standard_normal((*x.shape[:2], 1), np.float32)  # the same in all channels
+
+def low_dose(x, rng, dose):  # a quarter of the X-rays, twice the noise: 6 HU at full dose
+    return x + 6 / math.sqrt(dose) * noise(x, rng)
+
+def kernel(x, rng, sharpness, sigma):  # -1: a Gaussian blur, as for soft tissue; 1: edges and noise, as for bone
+    return x + sharpness * (x - cv2.GaussianBlur(x, (0, 0), sigma).reshape(x.shape))
+
+def bias_field(x, rng, strength):  # a coil hears best what is near: brightness drifts, smoothly, by a factor
+    log = cv2.resize(rng.normal(0, strength, (3, 3)), x.shape[1::-1], interpolation=cv2.INTER_CUBIC)
+    return x * np.exp(log)[..., None]
+
+def ghosting(x, rng, copies, share):  # breath, pulse: in k-space all but each n-th line are weaker by `share`, which
+    n, axis = int(copies), rng.integers(2)  # amounts to n faint copies along the phase-encoding axis
+    return (1 - share) * x + share / n * sum(np.roll(x, k * x.shape[axis] // n, axis) for k in range(n))
+
+def rician(x, rng, sigma):  # magnitude of a signal with noise in both its parts: the dark gets brighter
+    return np.hypot(x + sigma * noise(x, rng), sigma * noise(x, rng))
+
+def collimation(x, rng, most):  # lead leaves around the field, black
+    (h, w), field = x.shape[:2], np.zeros_like(x)
+    top, bottom, left, right = (rng.uniform(-most, most, 4).clip(0) * (h, h, w, w)).astype(int)
+    field[top:h - bottom, left:w - right] = 1
+    return field * x
+
+def grid_lines(x, rng, period, depth):  # of the grid that holds back scattered rays
+    wave = 1 + depth * np.sin(2 * np.pi / period * np.arange(max(x.shape)) + rng.uniform(0, 2 * np.pi))
+    return x * (wave[:x.shape[0], None, None] if rng.random() < 0.5 else wave[:x.shape[1], None])
+
+# Optical density of haematoxylin, eosin and DAB in R, G, B (Ruifrok and Johnston 2001)
+HED = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
+
+def stain(x, rng, spread):  # more or less of each dye (Tellez et al. 2018). A.HEStain drops what its two dyes don't
+    # explain: 24 grey levels on a drawn smear, before it has varied anything
+    to_dyes_and_back = np.linalg.inv(HED) @ (rng.uniform(1 - spread, 1 + spread, (3, 1)) * HED)
+    more = spread / 10 * rng.uniform(-1, 1, 3) @ HED
+    return 256 * np.exp(np.log((x + 1) / 256) @ to_dyes_and_back - more) - 1  # -log is density (Beer-Lambert)
+
+TURN = A.Rotate((-8, 8), border_mode=cv2.BORDER_REPLICATE, p=0.5)  # no further: gravity says which way is up
+RECIPES = {"reddino": [], "dinov2": DINOV2, "ct": [[
+    TURN,
+    Effect(low_dose, 0.5, dose=(1 / 16, 1)),
+    Effect(kernel, 0.5, sharpness=(-1, 1), sigma=(0.6, 1.2)),  # each maker has its own
+    A.Blur(blur_limit=(3, 5), p=0.2),  # thick slices average what lies above each other
+    RandomWindow([(-600, 1500), (40, 400), (400, 1800), (200, 700)]),  # HU: lung, mediastinum, bone, vessels
+    A.MotionBlur(blur_limit=(3, 9), p=0.2),  # breath
+    A.RandomToneCurve(scale=0.15, per_channel=False, p=0.5),  # contrast timing: blood gains or loses against tissue
+]], "mri": [[
+    A.HorizontalFlip(p=0.5),  # brains, knees and breasts are all but symmetric; take it out for a heart or a liver
+    TURN,
+    Effect(bias_field, 0.5, strength=(0.05, 0.3)),
+    A.RandomBrightnessContrast(brightness_limit=(0, 0), contrast_limit=(-0.3, 0.3), p=0.5),  # there are no units
+    A.RandomGamma(gamma_limit=(70, 140), p=0.5),  # echo and repetition times weigh tissues in their own way
+    A.MotionBlur(blur_limit=(3, 7), p=0.1),
+    Effect(ghosting, 0.2, copies=(2, 7), share=(0.1, 0.4)),
+    A.RingingOvershoot(blur_limit=(7, 15), cutoff=(math.pi / 2, 3 * math.pi / 4), p=0.1),  # Gibbs: k-space cut short
+    Effect(rician, 0.5, sigma=(2, 12)),
+]], "xray": [[
+    TURN,
+    A.RandomBrightnessContrast(brightness_limit=(-0.2, 0.2), contrast_limit=(-0.2, 0.2), p=0.5),  # exposure
+    A.RandomGamma(gamma_limit=(60, 160), p=0.5),  # tube voltage
+    A.RandomToneCurve(scale=0.1, per_channel=False, p=0.3),  # the maker's look-up table
+    A.GaussianBlur(blur_limit=0, sigma_limit=(0.3, 1.5), p=0.3),  # detector and focal spot
+    Effect(grid_lines, 0.2, period=(2.5, 8), depth=(0.01, 0.06)),
+    A.GaussNoise(std_range=(0.01, 0.04), per_channel=False, p=0.3),  # few quanta
+    Effect(collimation, 0.3, most=(0.15, 0.15)),
+    A.InvertImg(p=0.05),  # MONOCHROME1: exports that show bone black
+]], "histology": [[
+    A.D4(p=1),  # tissue has no up or left: all eight orientations alike
+    Effect(stain, 0.8, spread=(0, 0.3)),
+    A.ColorJitter(brightness=(0.9, 1.1), contrast=(0.9, 1.1), saturation=(0.9, 1.1), hue=(-0.02, 0.02), p=0.5),  # lamp
+    A.Downscale(scale_range=(0.4, 0.8), p=0.2,  # a lower objective; for others give --patch-size several sizes
+                interpolation_pair={"downscale": cv2.INTER_AREA, "upscale": cv2.INTER_LINEAR}),
+    A.GaussianBlur(blur_limit=0, sigma_limit=(0.3, 1.5), p=0.3),  # thick or folded sections leave the focus
+    A.ImageCompression(compression_type="jpeg", quality_range=(50, 95), p=0.3),  # as slides are stored
+]]}
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Views. DINOv2's multi-crop: two global views for teacher and student, local ones for the student alone, who must
 # tell from a twentieth to a third of the patch what the whole looks like.
@@ -316,17 +464,19 @@ def sample_rng(seed, index, epoch):
 
 class MultiCrop:
     """mc(patch, rng): RGB uint8 [h, w, 3] of any size -> 2 global uint8 [2, 3, G, G], L local views [L, 3, l, l].
-    augment: "reddino" or "dinov2" (to compare). All randomness comes from rng, a numpy Generator: see sample_rng."""
+    augment: one of RECIPES. "ct" takes values [h, w] as well, and draws its windows around `window` (level, width).
+    All randomness comes from rng, a numpy Generator: see sample_rng."""
 
     def __init__(self, augment="reddino", global_size=224, local_size=98, local_crops=1, global_scale=(0.32, 1.0),
-                 local_scale=(0.05, 0.32), transforms=4):
-        if augment not in ("reddino", "dinov2"):
-            raise UserError(f"--augment {augment!r}: it is reddino or dinov2")
-        self.transforms = transforms
-        self.dinov2, self.local_shape = augment == "dinov2", (local_crops, 3, local_size, local_size)
+                 local_scale=(0.05, 0.32), transforms=4, window=None):
+        if augment not in RECIPES:
+            raise UserError(f"--augment {augment!r}: it is one of {', '.join(RECIPES)}")
+        self.transforms, self.local_shape = transforms, (local_crops, 3, local_size, local_size)
+        self.recipe = [[RandomWindow([window]) if window and isinstance(t, RandomWindow) else t for t in of_view]
+                       for of_view in (RECIPES[augment] * 3)[:3]]  # first and second global view, local ones
         # Of random area and aspect 3/4 to 4/3. Shrunk by averaging, for the others would skip pixels and alias;
         # enlarged bilinearly as the release does, bicubically as DINOv2.
-        enlarge = cv2.INTER_CUBIC if self.dinov2 else cv2.INTER_LINEAR
+        enlarge = cv2.INTER_CUBIC if augment == "dinov2" else cv2.INTER_LINEAR
         self.crops = [A.RandomResizedCrop((size, size), scale, interpolation=enlarge, area_for_downscale="image")
                       for size, scale in [(global_size, global_scale)] * 2 + [(local_size, local_scale)] * local_crops]
 
@@ -337,14 +487,16 @@ class MultiCrop:
         views = []
         for v, crop in enumerate(self.crops):  # cropped first, since colour work costs by the pixel
             # RedDino: four different ones of the 32, each with its p. (1.4's SomeOf drew with replacement, ignored p.)
-            view, some = patch, DINOV2[min(v, 2)] if self.dinov2 else python_rng.sample(TRANSFORMS, self.transforms)
+            some = self.recipe[min(v, 2)] if self.recipe else python_rng.sample(TRANSFORMS, self.transforms)
+            view = patch
             for transform in (crop, *some):
                 transform.set_random_state(rng, python_rng)
                 view = transform(image=view)["image"]
-            if not self.dinov2:  # RedDino: a smear has no up or left; the release flips and turns with 0.85, not 0.5
+            if not self.recipe:  # RedDino: a smear has no up or left; the release flips and turns with 0.85, not 0.5
                 view = view[:, ::-1] if rng.random() < P else view  # numpy: 0.05 ms for the three; the library: 0.26
                 view = view[::-1] if rng.random() < P else view
                 view = np.rot90(view, rng.integers(4)) if rng.random() < P else view
+            view = view if view.ndim == 3 else np.stack([view] * 3, 2)  # grey slices travel as one channel
             views.append(np.ascontiguousarray(view.transpose(2, 0, 1)))  # [3, size, size]
         return np.stack(views[:2]), np.array(views[2:], np.uint8).reshape(self.local_shape)
 
@@ -444,7 +596,7 @@ def batches(cfg, patches, start, patch, rank, world, workers, pin):
     """This process's batches (see collate) from step `start` on, as reddino.Config says; a generator, whose end is that
     of its `workers`. patch: pixels of a token, on whose grid the masks lie; pin: for a GPU."""
     crop = MultiCrop(cfg.augment, cfg.global_size, cfg.local_size, cfg.local_crops,
-                     (cfg.global_scale, 1.0), (cfg.local_scale, cfg.global_scale), cfg.transforms)
+                     (cfg.global_scale, 1.0), (cfg.local_scale, cfg.global_scale), cfg.transforms, cfg.window)
     steps = itertools.count(start) if cfg.minutes else range(start, cfg.iters)
     draws = Draws(patches, steps, cfg.batch_size, cfg.seed, cfg.balance, rank, world, cfg.mix)
     yield from torch.utils.data.DataLoader(
@@ -458,19 +610,27 @@ def normalise(views, device, dtype):
 
 # ---------------------------------------------------------------------------------------------------------------------
 
-def gallery(patch, seed=0):
-    """Every transform by name on one patch [h, w, 3], a row for each group: a PIL image."""
-    page = Image.new("RGB", (8 + 232 * max(map(len, GROUPS.values())), 264 + 288 * len(GROUPS)), "white")
+def gallery(patch, seed=0, augment="reddino", window=None):
+    """Every transform by name on one patch [h, w, 3] (or values [h, w]), a row for each group: a PIL image."""
+    of_views = zip(("first global view", "second global view", "local view"), MultiCrop(augment, window=window).recipe)
+    groups = dict(of_views) or GROUPS
+    page = Image.new("RGB", (8 + 232 * max(map(len, groups.values())), 264 + 288 * len(groups)), "white")
     small, large, draw = ImageFont.load_default(15), ImageFont.load_default(24), ImageDraw.Draw(page)
-    page.paste(Image.fromarray(patch := cv2.resize(patch, (224, 224), interpolation=cv2.INTER_AREA)), (8, 8))
-    draw.text((248, 8), f"{len(TRANSFORMS)} pixel transforms of the patch at the left, seed {seed}", "black", large)
-    for row, (title, transforms) in enumerate(GROUPS.items()):
+    def paste(x, y, image):
+        image = image if image.dtype == np.uint8 else apply_window(image, *window or (40, 400))
+        page.paste(Image.fromarray(image), (x, y))
+
+    paste(8, 8, patch := cv2.resize(patch, (224, 224), interpolation=cv2.INTER_AREA))
+    draw.text((248, 8), f"{augment}: every pixel transform of the patch at the left, seed {seed}", "black", large)
+    for row, (title, transforms) in enumerate(groups.items()):
         draw.text((8, 264 + 288 * row), title, "black", large)
+        before = patch
         for column, transform in enumerate(transforms):
             x, y, rng = 8 + 232 * column, 296 + 288 * row, sample_rng(seed, row, column)
             transform.set_random_state(rng, random.Random(int(rng.integers(2**62))))
-            page.paste(Image.fromarray(transform(image=patch, force_apply=True)["image"]), (x, y))
-            draw.text((x, y + 226), type(transform).__name__, "black", small)
+            paste(x, y, after := transform(image=before, force_apply=True)["image"])
+            draw.text((x, y + 226), getattr(transform, "function", type(transform)).__name__, "black", small)
+            before = after if after.dtype != before.dtype else before  # what follows a window needs one
     return page
 
 def main():
@@ -478,11 +638,14 @@ def main():
     parser.add_argument("image")
     parser.add_argument("-o", "--out", default="gallery.png")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--augment", choices=RECIPES, default="reddino")
+    parser.add_argument("--window", nargs=2, type=float, metavar=("LEVEL", "WIDTH"))
     args = parser.parse_args()
     try:
-        image = read_image(args.image)
-        y, x = (max(0, (side - 224) // 2) for side in image.shape[:2])
-        gallery(image[y:y + 224, x:x + 224], args.seed).save(args.out)
+        image = read_image(args.image, window=args.window, raw=args.augment == "ct")
+        side = min(image.shape[:2]) if args.augment in ("ct", "mri", "xray") else 224  # anatomy is looked at as a whole
+        y, x = (max(0, (n - side) // 2) for n in image.shape[:2])
+        gallery(image[y:y + side, x:x + side], args.seed, args.augment, args.window).save(args.out)
     except (BadImage, OSError, ValueError) as error:  # the last two: an --out that can't be written
         parser.exit(2, f"augment.py: error: {error}\n")
 

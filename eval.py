@@ -71,6 +71,7 @@ class Cells:
     split: np.ndarray | None = None  # "train" or "test"
     skipped: dict[str, str] = field(default_factory=dict)  # files that can't be read, and why
     digest: str = ""  # of all that the crops depend on
+    window: tuple | None = None  # level and width, see read_image
 
 def csv_rows(path: str) -> list[dict]:
     """The rows of a CSV, each checked, with the CSV's folder before the image. UserError names the line."""
@@ -79,7 +80,7 @@ def csv_rows(path: str) -> list[dict]:
             reader = csv.DictReader(file)
             rows = [{**row, "line": reader.line_num} for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"--data {path} can't be read as a CSV: {error}") from None
+        raise UserError(f"{path} can't be read as a CSV: {error}") from None
     columns = {"image", "x", "y", "label", "group", "source", "split"} & set(reader.fieldnames or ())
     if missing := {"image", "label", *("xy" if columns & {"x", "y"} else "")} - columns:
         raise UserError(f"{path}: no column {' and '.join(sorted(missing))}; it needs image,x,y,label[,group][,source]")
@@ -93,20 +94,20 @@ def csv_rows(path: str) -> list[dict]:
             raise UserError(f"{path}, line {row['line']}: image is {row['image']}, which is not there")
     return rows
 
-def look(path: str) -> dict | BadImage:
+def look(path: str, window=None) -> dict | BadImage:
     """Size of an image and digest of its pixels, or why there are none."""
     try:
-        image = read_image(path, writable=False)
+        image = read_image(path, writable=False, window=window)
     except BadImage as bad:
         return bad
     content = hashlib.sha256(f"{image.shape}".encode() + image.tobytes()).hexdigest()
     return {"height": image.shape[0], "width": image.shape[1], "content": content}
 
-def readable(rows: list[dict]) -> tuple[list[dict], dict[str, str]]:
+def readable(rows: list[dict], window=None) -> tuple[list[dict], dict[str, str]]:
     """The rows whose image can be read, each with what look says, sorted by image; and the other images' reasons."""
     files = sorted({r["image"] for r in rows})
     with ThreadPoolExecutor() as pool:
-        looks = dict(zip(files, pool.map(look, files)))
+        looks = dict(zip(files, pool.map(look, files, itertools.repeat(window))))
     skipped = {path: bad.reason for path, bad in looks.items() if isinstance(bad, BadImage)}
     if len(skipped) > len(files) / 2:
         raise UserError(f"{len(skipped)} of {len(files)} images can't be read; {BadImage(*min(skipped.items()))}")
@@ -116,7 +117,7 @@ def readable(rows: list[dict]) -> tuple[list[dict], dict[str, str]]:
             raise UserError("x={x}, y={y} is outside of {image}, which has {width}x{height} pixels".format(**row))
     return rows, skipped
 
-def read_cells(data: str, drop_labels=()) -> Cells:
+def read_cells(data: str, drop_labels=(), window=None) -> Cells:
     """The labelled cells of a CSV or of class folders; UserError for all that would make their scores meaningless."""
     if os.path.isdir(data):
         folders = sorted(e.name for e in os.scandir(data) if e.is_dir() and not e.name.startswith("."))
@@ -127,9 +128,9 @@ def read_cells(data: str, drop_labels=()) -> Cells:
     if unknown := set(drop_labels) - set(labels):
         raise UserError(f"--drop-label {min(unknown)}: the labels are {', '.join(labels)}")
     rows, skipped = readable([r for r in rows if r["label"] not in drop_labels
-                              and r.get("split", "test") in ("train", "test")])
+                              and r.get("split", "test") in ("train", "test")], window)
     if len({r["label"] for r in rows}) < 2:
-        raise UserError(f"--data {data}: {len(rows)} cells, not of two classes; give a CSV or FOLDER/CLASS/*.png")
+        raise UserError(f"{data}: {len(rows)} cells, not of two classes; give a CSV or FOLDER/CLASS/*.png")
 
     def column(name):  # its different values, and the index of each cell's
         values, index = np.unique([r[name] for r in rows], return_inverse=True) if name in rows[0] else ([], None)
@@ -144,12 +145,13 @@ def read_cells(data: str, drop_labels=()) -> Cells:
         raise UserError(f"class {classes[counts.argmin()]!r} has one cell, which can't be both learnt and tested; "
                         "label more of it or leave it out with --drop-label")
     if len(np.unique(group if split is None else split)) < 2:
-        raise UserError(f"--data {data}: all cells are of one {by if split is None else 'split'}; that can't be split")
+        raise UserError(f"{data}: all cells are of one {by if split is None else 'split'}; that can't be split")
     centre = np.array([(r["x"], r["y"]) for r in rows], float) if "x" in rows[0] else None
     if centre is not None and centre.max() <= 1:
         raise UserError(f"{data}: x and y look like fractions of the image's size; they have to be pixels")
     digest = hashlib.sha256(repr([(r["content"], r.get("x"), r.get("y")) for r in rows]).encode()).hexdigest()
-    return Cells(files, file, centre, label, classes, image, group, by, source, sources, split, skipped, digest)
+    return Cells(files, file, centre, label, classes, image, group, by, source, sources, split, skipped, digest,
+                 window)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Weights: a backbone's state dict under DINOv2's names, from whatever layout it was published in. Everything is read
@@ -296,10 +298,10 @@ def load_backbone(name: str, size: int | None = None, device: str = "auto", like
 # ----------------------------------------------------------------------------------------------------------------------
 # Features. Threads decode the files, each once for all of its cells.
 
-def cut(path: str, centres: np.ndarray | None, crop: int, size: int) -> Tensor:
+def cut(path: str, centres: np.ndarray | None, crop: int, size: int, window=None) -> Tensor:
     """The cells of one file, uint8 [k, 3, crop, crop]; or all of the file in a square of `size`, its shape kept.
     Beyond the border the edge goes on: black would be a hint."""
-    image = read_image(path)
+    image = read_image(path, window=window)
     if centres is None:
         height, width = (max(1, round(n * size / max(image.shape))) for n in image.shape[:2])
         image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
@@ -312,7 +314,7 @@ def crops_of(cells: Cells, crop: int, size: int):
     """Yields all cells in order, uint8 [b, 3, side, side], about 256 at a time."""
     def read(f):
         here = slice(*np.searchsorted(cells.file, (f, f + 1)))
-        return cut(cells.files[f], None if cells.centre is None else cells.centre[here], crop, size)
+        return cut(cells.files[f], None if cells.centre is None else cells.centre[here], crop, size, cells.window)
 
     batch = math.ceil(256 * len(cells.files) / len(cells.file))
     with ThreadPoolExecutor() as pool:
@@ -607,6 +609,28 @@ def measure(x: Tensor, cells: Cells, parts: list, protocols, seed: int, tune=Non
     few = {f"few-shot, {n} a class": few_shot(x, y, cells, parts, n, seed) for n in SHOTS if "fewshot" in protocols}
     return results | {name: row for name, row in few.items() if row}
 
+def knn_monitor(tables: list[str], crop: int, size: int, window=None):
+    """A look at features during training (reddino.py --eval-data): reads each table's cells once; what it returns takes
+    a backbone and its device, and gives the weighted F1 of 20-NN on each table, over the first of make_splits."""
+    sets = []
+    for table in tables:
+        cells = read_cells(table, window=window)
+        splits = next(iter(make_splits(cells, 5, 0, lambda text: None).values()))
+        sets.append((cells, torch.cat(list(crops_of(cells, crop, size))), splits))
+
+    def score(backbone: VisionTransformer, device: torch.device) -> list[float]:
+        found, backbone = [], copy.deepcopy(backbone).float().eval()
+        backbone.size, backbone.device = size, device
+        for cells, crops, splits in sets:
+            x, y, total = extract_features(backbone, crops), torch.from_numpy(cells.label), 0
+            for train, test in splits:
+                guess = knn(x[train], y[train], x[test], 20, len(cells.classes)).argmax(1).numpy()
+                total = total + confusion(cells.label[test], guess, len(cells.classes))
+            found.append(float(scores(total)["weighted_f1"]))
+        return found
+
+    return score
+
 def compare(found: dict[str, dict], split: str) -> tuple[list, list]:
     """{backbone: {protocol: result}} to rows, with intervals, and to the differences of all pairs of backbones."""
     def interval(again): return np.nanpercentile(again[1:], [2.5, 97.5]).tolist()
@@ -624,7 +648,7 @@ def compare(found: dict[str, dict], split: str) -> tuple[list, list]:
     return rows, pairs
 
 def evaluate(data, weights, protocols=PROTOCOLS, crop=80, out=None, device="auto", size=None, seed=0, log=print,
-             drop_labels=(), folds=5, finetune=False, figures=None) -> dict:
+             drop_labels=(), folds=5, finetune=False, figures=None, window=None) -> dict:
     """Score backbones on labelled cells; gives the table to `log`, returns what results.json holds. Options: as on the
     command line; weights may also be {name in the table: path or name}; out=None writes nothing. Raises UserError, and
     OSError where `out` or `figures` can't be written to, before any work."""
@@ -632,6 +656,8 @@ def evaluate(data, weights, protocols=PROTOCOLS, crop=80, out=None, device="auto
         raise UserError(f"--protocols {unknown[0]}: choose from {', '.join(PROTOCOLS)}")
     if crop < 2 or folds < 2 or (size or 1) < 1:
         raise UserError("--crop and --folds have to be at least 2, and --size at least 1")
+    if window and not window[1] > 0:
+        raise UserError("--window takes LEVEL and WIDTH, the width above 0")
     if figures and not importlib.util.find_spec("matplotlib"):
         raise UserError("--figures needs matplotlib: pip install matplotlib")
     for folder in filter(None, (out, figures)):
@@ -643,7 +669,7 @@ def evaluate(data, weights, protocols=PROTOCOLS, crop=80, out=None, device="auto
         like = next((b for b in backbones.values() if isinstance(b, VisionTransformer)), None)
         backbones[label] = load_backbone(name, size, device, like, seed)
 
-    cells = read_cells(str(data), drop_labels)
+    cells = read_cells(str(data), drop_labels, window)
     if cells.skipped:
         log(f"{len(cells.skipped)} images can't be read and are left out, e.g. {BadImage(*min(cells.skipped.items()))}")
     features = {label: embed(label, backbone, cells, crop, out, log) for label, backbone in backbones.items()}
@@ -662,9 +688,9 @@ def evaluate(data, weights, protocols=PROTOCOLS, crop=80, out=None, device="auto
             log(f"{label}: {split}, {time.monotonic() - began:.0f} s")
         rows, pairs = (a + b for a, b in zip((rows, pairs), compare(found, split)))
         protocols = [p for p in protocols if p != "fewshot"]  # whose draws are of the first split
-    results = {"data": str(data), "crop": crop, "seed": seed, "cells": len(cells.label), "images": len(cells.files),
-               "groups": len(set(cells.group)), "classes": cells.classes, "sources": cells.sources,
-               "skipped": cells.skipped, "rows": rows, "pairs": pairs}
+    results = {"data": str(data), "crop": crop, "window": window, "seed": seed, "cells": len(cells.label),
+               "images": len(cells.files), "groups": len(set(cells.group)), "classes": cells.classes,
+               "sources": cells.sources, "skipped": cells.skipped, "rows": rows, "pairs": pairs}
     log(as_table(results, "\033[1m" if sys.stdout.isatty() else "", "\033[0m" if sys.stdout.isatty() else ""))
     if out:
         write_results(results, out)
@@ -729,7 +755,7 @@ def draw_figures(folder, results: dict, features: dict, backbones: dict, cells: 
         draw(f"map {label}", maps, label, features[label].numpy(), cells, seed)
         if isinstance(backbone, VisionTransformer):
             path = cells.files[cells.file[0]]
-            pictures = smear(backbone, read_image(path), results["crop"])
+            pictures = smear(backbone, read_image(path, window=cells.window), results["crop"])
             draw(f"smear {label}", panels, f"{label}: {os.path.basename(path)}", pictures)
 
 def few_shot_curves(figure, rows: list[dict], labels):
@@ -818,6 +844,7 @@ def main(argv: list[str] | None = None):
     add("--protocols", nargs="+", default=PROTOCOLS, help=f"of {', '.join(PROTOCOLS)}; default: all that data allow")
     add("--crop", type=int, default=80, help="side of the square around a cell in pixels; default 80")
     add("--out", default="out/eval", help="folder for the results and the cache of features; default out/eval")
+    add("--window", nargs=2, type=float, metavar=("LEVEL", "WIDTH"), help="what is seen of 16-bit grey, in its units")
     add("--size", type=int, help="the network's input in pixels; default: what it was trained at, at most 224")
     add("--drop-label", nargs="+", default=[], dest="drop_labels", metavar="LABEL", help="classes to leave out")
     add("--folds", type=int, default=5, help="default 5")

@@ -22,6 +22,7 @@ G = 2 global views each, L local views each, N patch tokens a view, D dimensions
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import datetime
 import json
@@ -36,6 +37,7 @@ import time
 import timeit
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +56,7 @@ from augment import Patches, UserError, batches, normalise
 
 def opt(default, text, choices=None, low=0, high=math.inf):
     """A field of Config: default, one line of help, and what may be given."""
-    kind = dict(default_factory=list) if isinstance(default, list) else dict(default=default)
+    kind = dict(default_factory=default.copy) if isinstance(default, list) else dict(default=default)
     return dataclasses.field(**kind, metadata=dict(help=text, choices=choices, low=low, high=high))
 
 @dataclass
@@ -73,14 +75,17 @@ class Config:
     head_bottleneck: int = opt(256, "dimensions of the prototypes' space (RedDino, DINOv2's short setup)", low=1)
     separate_heads: bool = opt(False, "one head for class tokens, another for patches (DINOv2's long setup)")
     # what it sees
-    patch_size: int = opt(224, "images are cut into patches of this many pixels; 0: whole images (RedDino)")
+    patch_size: list[int] = opt([224],  # noqa: RUF009
+                                "images are cut into patches of so many pixels (RedDino); 0: whole; several sizes: all")
+    window: list[float] = opt([], "LEVEL WIDTH: what is seen of 16-bit grey, in its units", low=-math.inf)  # noqa: RUF009
     global_size: int = opt(224, "pixels of the 2 global views (DINOv2)", low=1)
     local_size: int = opt(98, "pixels of the local views (DINOv2 with patch 14)", low=1)
     local_crops: int = opt(1, "local views of an image (RedDino: 1; DINOv2: 8)")
     global_scale: float = opt(0.32, "least share of the area that a global view shows (DINOv2)", high=1)
     local_scale: float = opt(0.05, "the same for a local view (DINOv2); the most it shows is global_scale", high=1)
-    transforms: int = opt(4, "how many of the 32 a view goes through (RedDino)", high=32)
-    augment: str = opt("reddino", "pixel transforms: RedDino's 32, or DINOv2's", ["reddino", "dinov2"])
+    transforms: int = opt(4, "how many of the 32 a view goes through (RedDino); other lists: all", high=32)
+    augment: str = opt("reddino", "pixel transforms: RedDino's 32, DINOv2's, or another organ's short list",
+                       ["reddino", "dinov2", "ct", "mri", "xray", "histology"])  # fmt: skip
     balance: bool = opt(False, "draw from the folders evenly, whatever their sizes")
     mix: int = opt(0, "how many images a batch is drawn from; few, and stain tells none apart; 0: as many as there are")
     # the objective
@@ -105,7 +110,13 @@ class Config:
     clip: float = opt(3.0, "gradient norm of a module is clipped to this (DINOv2)", low=1e-6)
     layer_decay: float = opt(1.0, "each layer learns this much slower than the next (RedDino: 1; DINOv2's short: 0.9)")
     patch_embed_lr: float = opt(0.2, "learning rate of the patch embedding, relative (DINOv2)")
+    freeze_backbone_steps: int = opt(0, "steps in which the heads learn alone; in as many again lr rises to its own")
     freeze_last_layer: float = opt(0.0, "share in which prototypes stay put (RedDino: 0; DINOv2: 1 epoch)", high=1)
+    # a look at the features meanwhile
+    eval_data: list[str] = opt([], "labelled cells as eval.py takes them: 20-NN during the run; the first one's best "  # noqa: RUF009
+                                   "teacher is kept as OUT/best.pth")  # fmt: skip
+    eval_every: int = opt(500, "steps between", low=1)
+    eval_crop: int = opt(80, "side of the square around a cell in pixels", low=2)
     # the machine
     seed: int = opt(0, "of everything random")
     workers: int = opt(-1, "loading processes for each training process; -1: as its cores, at most 16", low=-1)
@@ -122,30 +133,36 @@ class Config:
 
 PRESETS = {
     # From scratch, on little data, in minutes; the README's "When the loss does not move" has the reasons, as measured.
-    "nano": dict(prototypes=64, head_hidden=256, head_bottleneck=64, patch_size=80, global_size=32, local_size=16,
-                 local_crops=0, global_scale=0.7, transforms=0, mix=1, koleo=0.2, ibot=0.3, momentum=0.98,
+    "nano": dict(prototypes=64, head_hidden=256, head_bottleneck=64, patch_size=[80], global_size=32, local_size=16,
+                 local_crops=0, global_scale=0.7, transforms=0, koleo=0.2, ibot=0.3, momentum=0.98,
                  teacher_temp=0.04, iters=400, batch_size=32, lr=6e-3, warmup=0.1, weight_decay_end=0.04,
                  layerscale=1.0),
     "vitb14": dict(iters=36500, batch_size=392),  # RedDino B: 2 GPUs x 196, 10 x 3,650 steps
     "vitl14": dict(iters=109000, batch_size=128),  # RedDino L: 2 GPUs x 64, 10 x 10,900 steps
     "vitg14": dict(iters=109000, batch_size=128),  # RedDino has no giant: as L
+    **{organ: dict(global_scale=0.5) for organ in ("ct", "mri", "xray")},  # --augment: a view has to hold anatomy
 }  # fmt: skip
 
 def configure(**given) -> Config:
     """Config of an architecture: what is given, else its preset, else the default. Raises UserError on nonsense."""
-    cfg = Config(**{**PRESETS.get(given.get("arch", "vits14"), {}), **given})
+    presets = [PRESETS.get(given.get(of), {}) for of in ("augment", "arch")]  # the latter counts
+    cfg = Config(**{**presets[0], **presets[1], **given})
+    cfg.patch_size = [cfg.patch_size] if isinstance(cfg.patch_size, int) else cfg.patch_size
     for field in dataclasses.fields(Config):
         value, allowed, flag = getattr(cfg, field.name), field.metadata, "--" + field.name.replace("_", "-")
         if allowed["choices"] and value not in allowed["choices"]:
             raise UserError(f"{flag} {value}: choose from {', '.join(allowed['choices'])}")
-        if isinstance(value, int | float) and not allowed["low"] <= value <= allowed["high"]:
-            raise UserError(f"{flag} {value}: must lie between {allowed['low']} and {allowed['high']}")
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int | float) and not allowed["low"] <= number <= allowed["high"]:
+                raise UserError(f"{flag} {number}: must lie between {allowed['low']} and {allowed['high']}")
     patch = ARCHS[cfg.arch]["patch_size"]
     for kind, size in {"global": cfg.global_size, "local": cfg.local_size if cfg.local_crops else 0}.items():
         if size % patch:
             raise UserError(f"--{kind}-size {size}: {cfg.arch} needs a multiple of its {patch}-pixel patches")
     if cfg.local_crops and cfg.local_scale >= cfg.global_scale:
         raise UserError("--local-scale must be below --global-scale: local views show less than global ones")
+    if cfg.window and not (len(cfg.window) == 2 and cfg.window[1] > 0):
+        raise UserError("--window takes LEVEL and WIDTH, the width above 0")
     if cfg.overwrite and cfg.resume != "never":
         raise UserError("--overwrite replaces a run: say --resume never as well, or leave it out to go on")
     return cfg
@@ -156,8 +173,8 @@ def parse_args(argv: list[str]) -> Config:
     parser.error = lambda message: parser.exit(2, f"reddino.py: error: {message} (see --help)\n")  # without the usage
     for field in dataclasses.fields(Config):
         default, kind = field.default, dict(choices=field.metadata["choices"], type=type(field.default))
-        if default is dataclasses.MISSING:  # --data
-            default, kind = "", dict(nargs="+")
+        if default is dataclasses.MISSING:  # a list
+            default, kind = " ".join(map(str, field.default_factory())), dict(nargs="+", type=field.type.__args__[0])
         elif isinstance(default, bool) or default is None:
             kind = dict(action=argparse.BooleanOptionalAction)
         presets = "".join(f"; {arch} {p[field.name]}" for arch, p in PRESETS.items() if field.name in p)
@@ -481,7 +498,7 @@ class ByRows(torch.autograd.Function):
     """loss(tokens @ prototypes.T, *others): [R, D], [K, D] and whatever else has R rows to a scalar, a sum over rows.
 
     At K = 131,072 the logits, their softmax and their gradient would outweigh all else in memory. Here they exist for
-    256 rows at a time: the gradient is taken at once, and what stays is that of tokens and prototypes.
+    a few rows at a time: the gradient is taken at once, and what stays is that of tokens and prototypes.
     """
 
     SCALE = 1024.0  # a power of two costs no precision, and keeps small gradients from becoming 0 in float16
@@ -489,7 +506,8 @@ class ByRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, loss, tokens, prototypes, *others):
         total, d_tokens, d_prototypes = [], [], torch.zeros_like(prototypes)
-        for x, *rows in zip(*(t.split(256) for t in (tokens, *others))):
+        few = 64 if tokens.device.type == "cpu" else 1024  # a GPU needs more to be busy
+        for x, *rows in zip(*(t.split(few) for t in (tokens, *others))):
             with torch.enable_grad():
                 logits = F.linear(x, prototypes).detach().requires_grad_()
                 part = loss(logits, *rows)
@@ -515,6 +533,7 @@ def by_rows(loss, head: DINOHead, tokens: Tensor, *others: Tensor) -> Tensor:
 class DINO(nn.Module):
     """Student and teacher, each a backbone with a head (two with separate_heads); the teacher gets no gradients."""
 
+    SMALL = 2**20  # numbers in the global views, see teach
     def __init__(self, cfg: Config):
         super().__init__()
         self.cfg = cfg
@@ -525,6 +544,7 @@ class DINO(nn.Module):
         self.centers = nn.ModuleDict()
         if cfg.centering == "moving-average":  # class and patch tokens have different means
             self.centers.update({name: MovingAverage(cfg.prototypes) for name in ("cls", "patch")})
+        self.patch_head = "ibot_head" if cfg.separate_heads else "dino_head"  # RedDino: one for both, DINOv2's default
         self.signs = {}  # what the loop watches for collapse
 
     @staticmethod
@@ -538,44 +558,54 @@ class DINO(nn.Module):
         """Teacher logits [R, K] of one kind of token ("cls" or "patch") to targets [R, K]."""
         return self.centers[kind](logits, temp) if self.centers else sinkhorn_knopp(logits, temp)
 
-    def forward(self, global_views: Tensor, local_views: Tensor, masks: Tensor, teacher_temp: float):
-        """The losses by name, dict[str, Tensor []], weighted: their sum is what is minimised.
+    @torch.no_grad()
+    def teach(self, global_views: Tensor, local_views: Tensor, masks: Tensor, teacher_temp: float) -> list[tuple]:
+        """The teacher looks at a batch: out come lessons for the student, each the arguments of `forward`.
 
         global_views [G*B, 3, H, W] and local_views [L*B, 3, h, w], normalised, view after view; masks bool [G*B, N].
+        A lesson is one global view of every image (both, if small: then it's the number of operations that takes time)
+        or as many local ones as have no more pixels. The loop takes the gradient of each before the next begins, so
+        that memory holds the activations of one, not of all.
         """
-        cfg, student, teacher, device = self.cfg, self.student, self.teacher, global_views.device
-        head = "ibot_head" if cfg.separate_heads else "dino_head"  # RedDino: one head for both, as in DINOv2's default
-        masked = masks.flatten().nonzero().squeeze(1).to(device)  # [M], of G*B*N
-        weights = (1 / masks.sum(1).clamp_min(1).double()).unsqueeze(1).expand_as(masks)[masks].to(global_views)  # [M]
-        masks = masks.to(device)
-
-        with torch.no_grad():
-            cls, patches = teacher["backbone"].forward_features(global_views)  # [2B, D], [2B, N, D]
-            logits = teacher["dino_head"](cls)  # [2B, K]
-            first, second = self.targets(logits, teacher_temp, "cls").chunk(2)  # [B, K] of each view
-            patch_targets = self.targets(teacher[head](patches.flatten(0, 1)[masked]), teacher_temp, "patch")  # [M, K]
-            entropy = cross_entropy(logits, F.softmax(widen(logits) / teacher_temp, dim=-1), teacher_temp).mean()
-            self.signs = {"cls": cls, "nearest": logits.argmax(-1), "entropy": entropy}
+        cfg, teacher, B = self.cfg, self.teacher, len(global_views) // 2
+        cls, patches = teacher["backbone"].forward_features(global_views)  # [2B, D], [2B, N, D]
+        logits = teacher["dino_head"](cls)  # [2B, K]
+        first, second = self.targets(logits, teacher_temp, "cls").chunk(2)  # [B, K] of each view
+        entropy = cross_entropy(logits, F.softmax(widen(logits) / teacher_temp, dim=-1), teacher_temp).mean()
+        self.signs = {"cls": cls, "nearest": logits.argmax(-1), "entropy": entropy}
+        hidden = patches.flatten(0, 1)[masks.flatten().nonzero().squeeze(1).to(patches.device)]  # [M, D]
+        patch_targets = self.targets(teacher[self.patch_head](hidden), teacher_temp, "patch")  # [M, K]
 
         # Class tokens: every student view against both teacher views, but a global one not against itself. RedDino:
-        # 1 local view for DINOv2's 8. The sum over terms is divided by their number, so L does not change its scale.
-        student_cls, student_patches = student["backbone"].forward_features(global_views, masks)
-        tokens, targets = student_cls, torch.cat([second, first])  # [2B, D], [2B, K]
-        if cfg.local_crops:
-            tokens = torch.cat([tokens, student["backbone"](local_views)])  # [2B + L*B, D]
-            targets = torch.cat([targets, *[first + second] * cfg.local_crops])  # linear in targets: one pass for both
+        # 1 local view for DINOv2's 8. The loss is linear in the targets, so those of both views are added up. Global
+        # views come last: they use every parameter, which is what DistributedDataParallel waits for.
+        parts = 1 if global_views.numel() < self.SMALL else 2
+        n = math.ceil(cfg.local_crops * (cfg.local_size / cfg.global_size) ** 2 * parts / 2)
+        local = [torch.cat(local_views.split(B)[k::n]) for k in range(n)]
+        lessons = [(views, None, (first + second).repeat(len(views) // B, 1), None) for views in local]
+        masked = [int(m.sum()) for m in masks.chunk(parts)]
+        return lessons + list(zip(global_views.chunk(parts), masks.to(cls.device).chunk(parts),
+                                  torch.cat([second, first]).chunk(parts), patch_targets.split(masked)))  # fmt: skip
 
-        def dino(logits: Tensor, targets: Tensor) -> Tensor:  # a sum over rows, each 1 / (B * number of terms)
-            rows = len(first) * (2 + 2 * cfg.local_crops)
-            return dino_loss(logits, targets, cfg.student_temp) * (len(logits) / rows)
+    def forward(self, views: Tensor, masks: Tensor | None, targets: Tensor, patch_targets: Tensor | None):
+        """The student's losses in one lesson by name, dict[str, Tensor []], weighted; summed over a step's lessons they
+        are what is minimised. views [R, 3, h, w], targets [R, K]; of a global view masks [R, N], patch_targets [M, K].
+        """
+        cfg, B = self.cfg, len(self.signs["cls"]) // 2
+        cls, patches = self.student["backbone"].forward_features(views, masks)
+
+        def dino(logits: Tensor, targets: Tensor) -> Tensor:  # a sum over rows; the number of views leaves its scale
+            return dino_loss(logits, targets, cfg.student_temp) * (len(logits) / (B * (2 + 2 * cfg.local_crops)))
 
         def ibot(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-            return cfg.ibot * ibot_loss(logits, targets, weights, len(masks), cfg.student_temp)
+            return cfg.ibot * ibot_loss(logits, targets, weights, 2 * B, cfg.student_temp)
 
-        losses = {"dino": by_rows(dino, student["dino_head"], tokens, targets),
-                  "ibot": by_rows(ibot, student[head], student_patches.flatten(0, 1)[masked], patch_targets, weights)}
-        if cfg.koleo:  # RedDino: left out, as it pushes apart the many cells that are rightly alike
-            losses["koleo"] = cfg.koleo * sum(koleo_loss(view) for view in student_cls.chunk(2))
+        losses = {"dino": by_rows(dino, self.student["dino_head"], cls, targets)}
+        if masks is not None:
+            weights = (1 / masks.sum(1, keepdim=True).clamp_min(1).to(views)).expand_as(masks)[masks]  # [M]
+            losses["ibot"] = by_rows(ibot, self.student[self.patch_head], patches[masks], patch_targets, weights)
+            if cfg.koleo:  # RedDino: left out, as it pushes apart the many cells that are rightly alike
+                losses["koleo"] = cfg.koleo * sum(koleo_loss(view) for view in cls.split(B))
         return losses
 
     @torch.no_grad()
@@ -610,13 +640,15 @@ def cosine(start: float, end: float, x: float) -> float:
     """From start (x = 0) to end (x = 1) along half a cosine."""
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(x, 1)))
 
-def schedules(cfg: Config, done: float) -> dict[str, float]:
-    """lr, last_layer_lr, weight_decay, momentum and teacher_temp after `done` (0 to 1) of the run."""
+def schedules(cfg: Config, done: float, step: int = 0) -> dict[str, float]:
+    """Learning rates, weight_decay, momentum and teacher_temp after `done` (0 to 1) of the run, at `step`."""
     peak, warmup = cfg.lr * math.sqrt(cfg.batch_size / 1024), cfg.warmup
     lr = peak * done / warmup if done < warmup else cosine(peak, cfg.min_lr, (done - warmup) / max(1 - warmup, 1e-9))
     warm = min(done / cfg.teacher_temp_warmup, 1) if cfg.teacher_temp_warmup else 1
+    thawed = min(max(step / cfg.freeze_backbone_steps - 1, 0), 1) if cfg.freeze_backbone_steps else 1
     return {
         "lr": lr, "last_layer_lr": 0.0 if done < cfg.freeze_last_layer else lr,
+        "backbone_lr": lr * thawed,
         "weight_decay": cosine(cfg.weight_decay, cfg.weight_decay_end, done),
         "momentum": cosine(cfg.momentum, 1.0, done),
         "teacher_temp": cfg.teacher_temp_start + (cfg.teacher_temp - cfg.teacher_temp_start) * warm,
@@ -635,13 +667,14 @@ def make_optimizer(cfg: Config, student: nn.ModuleDict) -> torch.optim.AdamW:
             layer = 0
         rate = cfg.layer_decay ** (depth + 1 - layer) * (cfg.patch_embed_lr if "patch_embed" in name else 1.0)
         decay = not (name.endswith(".bias") or "norm" in name or "gamma" in name)
-        groups.setdefault((rate, decay, "last_layer" in name), []).append(parameter)
-    groups = [dict(params=p, rate=rate, decay=decay, last=last) for (rate, decay, last), p in groups.items()]
+        follows = "backbone_lr" if name.startswith("backbone") else "last_layer_lr" if "last_layer" in name else "lr"
+        groups.setdefault((rate, decay, follows), []).append(parameter)
+    groups = [dict(params=p, rate=rate, decay=decay, follows=follows) for (rate, decay, follows), p in groups.items()]
     return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=groups[0]["params"][0].device.type != "mps")
 
 def apply_schedules(optimizer: torch.optim.AdamW, now: dict[str, float]):
     for group in optimizer.param_groups:
-        group["lr"] = group["rate"] * now["last_layer_lr" if group["last"] else "lr"]
+        group["lr"] = group["rate"] * now[group["follows"]]
         group["weight_decay"] = now["weight_decay"] if group["decay"] else 0.0
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -689,7 +722,8 @@ def read_checkpoint(paths: list[Path]) -> tuple[dict | None, str]:
     return None, ""
 
 MAY_CHANGE = {"out", "init", "workers", "device", "dtype", "compile", "checkpoint_activations", "iters", "minutes",
-              "save_every", "log_every", "resume", "overwrite", "export"}  # it's the same run with others # fmt: skip
+              "save_every", "log_every", "resume", "overwrite", "export",
+              "eval_data", "eval_every", "eval_crop"}  # it's the same run with others # fmt: skip
 
 def prepare(cfg: Config, world: int) -> tuple[Patches, dict | None, str]:
     """Before any work: the patches, and the checkpoint to go on from, if any. Raises UserError."""
@@ -704,12 +738,12 @@ def prepare(cfg: Config, world: int) -> tuple[Patches, dict | None, str]:
         raise UserError(f"{cfg.out} holds a run: --resume auto goes on with it, --overwrite replaces it")
     checkpoints = {"auto": [path for path in there if path.suffix == ".pth"], "never": []}
     saved, note = read_checkpoint(checkpoints.get(cfg.resume, [Path(cfg.resume)]))
-    patches = Patches(cfg.data, cfg.patch_size)
+    patches = Patches(cfg.data, cfg.patch_size, cfg.window, raw=cfg.augment == "ct")
     if len(patches) < cfg.batch_size:
         raise UserError(f"{len(patches)} patches are fewer than --batch-size {cfg.batch_size}: lower it, or add images")
     if saved:
-        was, now = saved["config"], dataclasses.asdict(cfg)
-        changed = [f"--{k.replace('_', '-')} was {was[k]}" for k in now if k not in MAY_CHANGE and now[k] != was.get(k)]
+        was, now = dataclasses.asdict(Config()) | saved["config"], dataclasses.asdict(cfg)
+        changed = [f"--{k.replace('_', '-')} was {was[k]}" for k in now if k not in MAY_CHANGE and now[k] != was[k]]
         if changed:
             raise UserError(f"{cfg.out} holds another run: {', '.join(changed)}; choose another --out, or "
                             "--resume never --overwrite")  # fmt: skip
@@ -741,6 +775,13 @@ def choose_device(cfg: Config) -> tuple[torch.device, torch.dtype]:
         return device, torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     return device, torch.float32  # measured on a CPU without bfloat16 units: 130 GFLOP/s in float32, 1 in bfloat16
 
+def keep_freed_memory():
+    """glibc hands a large tensor's memory back to Linux when it is freed, and asks for new pages, which Linux fills
+    with zeros, for the next: 850,000 page faults, 1.5 s of system time in a step of ViT-S. Here it keeps it."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # elsewhere it isn't glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0), mallopt(-1, -1)  # M_MMAP_MAX: nothing outside the heap; M_TRIM_THRESHOLD: never shrink that
+
 def start_processes(device: torch.device) -> tuple[int, int]:
     """Join torchrun's processes, if there are several: rank and number."""
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -748,6 +789,7 @@ def start_processes(device: torch.device) -> tuple[int, int]:
         torch.cuda.set_device(device)
     if device.type == "cpu":
         torch.set_num_threads(cores())
+        keep_freed_memory()
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return int(os.environ.get("RANK", 0)), world
@@ -888,12 +930,13 @@ def train(cfg: Config) -> Path:
     vit = model.student["backbone"]
     model.to(device, floats)
     optimizer = make_optimizer(cfg, model.student)
+    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16))
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     parts = {"student": model.student, "teacher": model.teacher, "centers": model.centers,
              "optimizer": optimizer, "scaler": scaler}  # fmt: skip
-    step, elapsed = 0, 0.0
+    step, elapsed, best = 0, 0.0, -1.0
     if saved:
-        step, elapsed = saved["step"], saved["elapsed"]
+        step, elapsed, best = saved["step"], saved["elapsed"], saved.get("best", best)
         for name in parts:
             if saved[name]:  # a scaler that is off leaves nothing to load
                 parts[name].load_state_dict(saved[name])
@@ -909,8 +952,25 @@ def train(cfg: Config) -> Path:
             os.fsync(journal.metrics.fileno())
             state = {name: part.state_dict() for name, part in parts.items()}
             state |= dict(step=step, elapsed=elapsed, patches=len(patches), processes=world, skipped=journal.skipped)
-            state["config"] = dataclasses.asdict(cfg)
+            state |= dict(best=best, config=dataclasses.asdict(cfg))
             write_aside(out / "checkpoint.pth", state, keep=out / "previous.pth")
+
+    judges = []  # rank 0 has one, if --eval-data says of what
+    if cfg.eval_data:
+        from eval import knn_monitor
+        given = cfg.eval_data, cfg.eval_crop, cfg.global_size, cfg.window
+        from_rank_0(lambda: judges.append(knn_monitor(*given)) or True)
+
+    def look(step: int) -> dict[str, float]:
+        nonlocal best, began, since
+        started, found = time.monotonic(), judges[0](model.teacher["backbone"], device)
+        if found[0] > best:
+            best = found[0]
+            write_aside(out / "best.pth", model.teacher["backbone"].state_dict())
+        journal.say(f"step {step}  20-NN weighted F1 {' '.join(f'{100 * f:.1f}' for f in found)}")
+        took = time.monotonic() - started
+        began, since = began + took, since + took  # the clock stands still meanwhile
+        return {f"knn{i or ''}": f for i, f in enumerate(found)}
 
     # --- say what is going to happen
     out, watch, journal = Path(cfg.out), Watch(), Journal(Path(cfg.out), step, rank == 0)
@@ -921,6 +981,8 @@ def train(cfg: Config) -> Path:
     ideal = step_flops(cfg, model) / world / matmul_rate(device, dtype)  # seconds a step, were it all matrix products
     faults, bad_in_a_row, waited, began = {}, 0, 0.0, time.monotonic() - elapsed
     since, since_step = time.monotonic(), step
+    if judges and not saved:
+        journal.step({"step": -1, **look(0)})
 
     workers = cfg.workers if cfg.workers >= 0 else min(cores(), 16) if device.type == "cuda" else 1
     loader = batches(cfg, patches, step, vit.patch_size, rank, world, workers, pin=device.type == "cuda")
@@ -933,14 +995,20 @@ def train(cfg: Config) -> Path:
             faults |= new_faults
 
             # --- forward, backward
-            now = schedules(cfg, done)
+            now = schedules(cfg, done, step)
             apply_schedules(optimizer, now)
             torch.manual_seed(int(np.random.default_rng((cfg.seed, step, rank, 3)).integers(2**62)))  # stochastic depth
-            with torch.autocast(device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
-                losses = parallel(*(normalise(v, device, floats) for v in views), masks, now["teacher_temp"])
-            loss = sum(losses.values())
+            with autocast():
+                lessons = model.teach(*(normalise(v, device, floats) for v in views), masks, now["teacher_temp"])
             optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
+            losses = dict.fromkeys(["dino", "ibot"] + ["koleo"] * bool(cfg.koleo), 0.0)
+            while lessons:  # gradients add up; processes exchange the sum, with the last lesson
+                with parallel.no_sync() if world > 1 and len(lessons) > 1 else contextlib.nullcontext():
+                    with autocast():
+                        terms = parallel(*lessons.pop(0))
+                    scaler.scale(sum(terms.values())).backward()
+                losses |= {name: losses[name] + value.detach() for name, value in terms.items()}
+            loss = sum(losses.values())
             scaler.unscale_(optimizer)
             norms = [nn.utils.clip_grad_norm_(part.parameters(), cfg.clip) for part in model.student.values()]
 
@@ -968,7 +1036,8 @@ def train(cfg: Config) -> Path:
             # --- write down
             last = stop or bad_in_a_row == 3 or (elapsed / 60 >= cfg.minutes if cfg.minutes else step + 1 >= cfg.iters)
             signs = watch.signs() if (step + 1) % cfg.log_every == 0 or last else {}
-            journal.step({"step": step, **numbers, **now, **signs, "skipped": not finite})
+            found = look(step + 1) if judges and ((step + 1) % cfg.eval_every == 0 or last) else {}
+            journal.step({"step": step, **numbers, **now, **signs, **found, "skipped": not finite})
             step += 1
             if step % cfg.log_every == 0 or last:
                 journal.skip({k: v for share in gather(faults) for k, v in share.items()}, patches)
@@ -1008,7 +1077,8 @@ def demo(cfg: Config):
         return [smears.draw(out / "seen", 160, 2 * cfg.seed), smears.draw(out / "unseen", 60, 2 * cfg.seed + 1)]
 
     seen, unseen = from_rank_0(draw)
-    backbone = train(dataclasses.replace(cfg, data=[str(Path(seen).parent)]))
+    # What is drawn tells every class by shape alone; in batches of one smear each, stain is no way out.
+    backbone = train(dataclasses.replace(cfg, data=[str(Path(seen).parent)], mix=cfg.mix or 1))
     if rank == 0:
         write_aside(untrained, first_networks(cfg)[0].teacher["backbone"].state_dict())
         weights = {"pixels": "pixels", "colour": "colour", "before training": untrained, "after training": backbone}

@@ -2,6 +2,7 @@
 
     python smears.py OUT                          200 images of 640x480 in OUT/smears, their cells in OUT/cells.csv
     python smears.py OUT --images 50 --seed 1     fewer, of other patients
+    python smears.py OUT --slices                 CT slices instead, .npy in OUT/slices; OUT/cells.csv tells the aortas
 
 The drawing goes the way the light goes:
     1. a cell is a shape (signed distance to its outline) and a thickness: one short function for each class;
@@ -259,8 +260,83 @@ def smear(seed, k):
         stamp(slide, platelet, 1.4, x + rng.normal(0, 14), y + rng.normal(0, 14), rng.uniform(1.2, 2.5), rng)
     return photograph(slide, source, seed, patient, rng), labelled, source, patient
 
-def draw(out, images=200, seed=0):
-    """Draw `images` smears into the folder `out`: smears/NNNN.jpg and cells.csv (image,x,y,label,group,source).
+# ------------------------------------------------------------------------------------------- 4. another organ: CT
+# The same game in Hounsfield units (HU: air -1000, fat -100, water 0, muscle 50, bone 1000): axial slices of a chest
+# whose ascending and descending aorta are normal or not. Each patient has their own contrast, so that brightness tells
+# little. Weighted F1 on unseen patients (320 slices of seed 0, 240 of seed 1): always "normal" 0.59, mean HU 0.66,
+# 16x16 pixels 0.73 (20-NN), a small supervised CNN 0.96. Lengths are in mm.
+SIDE, MM, PER_STUDY = 512, 0.7, 8  # pixels of a slice, size of a pixel, slices of a patient
+SCANNERS = {"soft": (12, 1.4), "sharp": (16, 0.7), "low dose": (28, 1.0)}  # noise in HU, blur in pixels
+AORTAS = ("normal", "aneurysm", "dissection", "thrombus", "calcified")
+
+def lay(hu, inside, value):
+    """Fill a shape in place; inside: about the distance to its outline, whose pixels hold both (partial volume)."""
+    hu += np.clip(inside / MM + 0.5, 0, 1) * (value - hu)
+
+def around(hu, x, y, cx, cy, a, b):
+    """The part of a slice that holds an ellipse with half axes a, b: hu, x, y (from its centre), inside."""
+    rows, columns = (slice(*np.searchsorted(axis.ravel(), (at - r - 5, at + r + 5))) for axis, at, r in
+                     ((y, cy, b), (x, cx, a)))
+    u, v = x[:, columns] - cx, y[rows] - cy
+    return hu[rows, columns], u, v, (1 - np.hypot(u / a, v / b)) * min(a, b)
+
+def aorta(hu, x, y, cx, cy, kind, blood, rng):
+    """A cross-section: a wall of 1.5 mm around blood of so many HU, and what the kind changes in it."""
+    low, high = {"normal": (10, 17), "calcified": (10, 17), "aneurysm": (20, 29)}.get(kind, (14, 24))  # 4 cm is wide
+    r = rng.uniform(low, high)
+    hu, x, y, inside = around(hu, x, y, cx, cy, r, r * rng.uniform(0.9, 1))
+    lay(hu, inside + 4, -80)  # in a bed of fat
+    lay(hu, inside + 1.5, 45)
+    turn = rng.uniform(0, 2 * pi)
+    u, v = cos(turn) * x + sin(turn) * y, cos(turn) * y - sin(turn) * x
+    if kind == "thrombus":  # a clot, as dark as muscle, leaves the blood a channel off the middle
+        lay(hu, inside, 50)
+        free = rng.uniform(0.5, 0.7)
+        inside = free * r - np.hypot(u - 0.85 * (1 - free) * r, v)
+    lay(hu, inside, blood)
+    if kind == "dissection":  # the inner layer has come off: a flap between two channels, the false one fills later
+        flap = u - r * (rng.uniform(-0.4, 0.4) + rng.uniform(-0.3, 0.3) * np.square(v / r))
+        lay(hu, np.minimum(inside, flap), 45 + (blood - 45) * rng.uniform(0.6, 1))
+        lay(hu, np.minimum(inside, 0.9 - np.abs(flap)), 45)
+    for _ in range(rng.integers(2, 5) if kind == "calcified" else 0):  # plaques of lime in the wall
+        off = np.abs((np.arctan2(v, u) - rng.uniform(-pi, pi) + pi) % (2 * pi) - pi)
+        lay(hu, np.minimum(rng.uniform(0.9, 1.5) - np.abs(inside), (rng.uniform(0.2, 0.6) - off) * r), 900)
+
+def ct(seed, k):
+    """Slice k of a seed: (HU, int16 [SIDE, SIDE], list of labelled aortas (x, y, label), scanner, patient's number)."""
+    patient, rng = k // PER_STUDY, np.random.default_rng([seed, k, 2])
+    one, scanner = np.random.default_rng([seed, patient, 3]), list(SCANNERS)[patient % len(SCANNERS)]
+    blood, scale, disease = one.uniform(120, 420), MM / one.uniform(0.95, 1.05), AORTAS[patient % len(AORTAS)]
+    first, ill = one.integers(0, 4), one.integers(1, 4)  # of the five diseased slices; 1: above, 2: below, 3: both
+    x = ((np.arange(SIDE, dtype=np.float32) - SIDE / 2) * scale)[None, :]
+    hu, y = np.full((SIDE, SIDE), -1000, np.float32), x.T
+    def put(cx, cy, a, b, value): lay((part := around(hu, x, y, cx, cy, a, b))[0], part[3], value)
+    for cx, cy, a, b, value in (
+            (0, 0, 165, 112, -100), (0, 0, 152, 100, 55), (0, 2, 137, 85, -90),   # skin, muscle, chest: filled with fat
+            (-76, 0, 57, 78, -860), (78, 4, 55, 76, -860), (12, -36, 50, 34, 45),  # lungs, heart
+            (0, 72, 23, 18, 550), (0, 72, 20, 15, 190), (0, 95, 11, 9, 450), (0, 95, 7, 6, 30),  # vertebra, its canal
+            (0, -90, 17, 6, 300), (-2, 42, 7, 5, 40), (-4, 26, 9, 8, -1000),  # breastbone, gullet, windpipe
+            (24, -30, 13, 11, one.uniform(0.6, 1.2) * blood), (-34, -18, 8, 7, blood)):  # lung artery, vena cava
+        put(cx + rng.normal(0, 1), cy + rng.normal(0, 1), a * rng.uniform(0.98, 1.02), b, value)
+    for turn in np.arange(14) * pi / 7 + rng.uniform(-0.15, 0.15, 14):
+        put(144 * cos(turn), 92 * sin(turn), 7, 5, rng.uniform(300, 600))  # ribs
+    for side, away, turn, r in rng.uniform((-1, 0, 0, 0.6), (1, 1, 2 * pi, 2.5), (90, 4)):
+        put(77 * np.sign(side) + 50 * away * cos(turn), 3 + 66 * away * sin(turn), r, r, 0.5 * blood)  # in the lungs
+    found = []
+    for which, (cx, cy) in enumerate(((-8, -22), (26, 46)), 1):  # ascending; descending, left of the spine: the patient
+        cx, cy = cx + rng.normal(0, 3), cy + rng.normal(0, 3)  # is seen from the feet, so that their left is our right
+        label = disease if ill & which and first <= k % PER_STUDY < first + 5 else "normal"
+        aorta(hu, x, y, cx, cy, label, blood, rng)
+        found.append((*(round(SIDE / 2 + at / scale + rng.triangular(-3.5, 0, 3.5), 1) for at in (cx, cy)), label))
+    noise, blur = SCANNERS[scanner]  # the kernel filters both what is there and its noise, so that grains are as wide
+    f = np.fft.fftfreq(SIDE)
+    kernel = np.exp(-2 * np.square(pi * blur * np.hypot(f[:, None], f[:SIDE // 2 + 1])))
+    hu += rng.normal(0, noise * 2 * sqrt(pi) * blur, hu.shape)
+    return np.fft.irfft2(np.fft.rfft2(hu) * kernel).round().clip(-1024, 3071).astype(np.int16), found, scanner, patient
+
+def draw(out, images=200, seed=0, slices=False):
+    """Draw `images` smears (or CT slices) into the folder `out`: smears/NNNN.jpg (slices/NNNN.npy, int16 HU) and
+    cells.csv (image,x,y,label,group,source).
 
     image is relative to out; x, y are the cell's centre in pixels. Image k depends on seed and k alone. Returns the
     path of cells.csv, which is written last. Raises ValueError on bad numbers, FileExistsError if out holds
@@ -268,20 +344,22 @@ def draw(out, images=200, seed=0):
     """
     if images < 1 or seed < 0:
         raise ValueError(f"images must be at least 1 and seed at least 0, not {images} and {seed}")
-    out, recipe = Path(out), f"{images} smears of seed {seed}"
+    out, kind = Path(out), "slices" if slices else "smears"
+    recipe = f"{images} {kind} of seed {seed}"
     marker, table = out / "drawn.txt", out / "cells.csv"
     same = marker.is_file() and marker.read_text() == recipe
     if out.exists() and not same and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} holds something else than {recipe}: name a new folder")
     if same and table.is_file(): return table
-    (out / "smears").mkdir(parents=True, exist_ok=True)
+    (out / kind).mkdir(parents=True, exist_ok=True)
     marker.write_text(recipe)
     rows = [("image", "x", "y", "label", "group", "source")]
     for k in range(images):
-        pixels, cells, source, patient = smear(seed, k)
-        name = f"smears/{k:04d}.jpg"
-        Image.fromarray(pixels).save(out / name, quality=source.quality)
-        rows += [(name, x, y, label, f"patient{patient:03d}", source.name) for x, y, label in cells]
+        pixels, cells, source, patient = ct(seed, k) if slices else smear(seed, k)
+        name = f"{kind}/{k:04d}.{'npy' if slices else 'jpg'}"
+        if slices: np.save(out / name, pixels)
+        else: Image.fromarray(pixels).save(out / name, quality=source.quality)
+        rows += [(name, *cell, f"patient{patient:03d}", getattr(source, "name", source)) for cell in cells]
     with open(out / "cells.part", "w", newline="") as file: csv.writer(file).writerows(rows)
     return (out / "cells.part").replace(table)  # only ever whole
 
@@ -289,10 +367,11 @@ def main():
     parser = argparse.ArgumentParser(description="Draw thin blood smears with labelled red cells.")
     parser.add_argument("out", help="folder to write to: OUT/smears/NNNN.jpg and OUT/cells.csv")
     parser.add_argument("--images", type=int, default=200, help="how many images of 640x480 (default: %(default)s)")
+    parser.add_argument("--slices", action="store_true", help="CT slices of 512x512 in OUT/slices/NNNN.npy instead")
     parser.add_argument("--seed", type=int, default=0, help="other seeds, other patients (default: %(default)s)")
     args = parser.parse_args()
     try:
-        print(draw(args.out, args.images, args.seed))
+        print(draw(args.out, args.images, args.seed, args.slices))
     except (ValueError, OSError) as error:
         print(f"smears.py: error: {error}", file=sys.stderr)
         sys.exit(2)

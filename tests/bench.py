@@ -142,11 +142,14 @@ def train_step(arch, prototypes, local_crops, batch, device):
         masks = [augment.block_mask(rng, grid, grid, r).ravel() for r in augment.mask_ratios(0, number, 2 * batch)]
         masks = torch.from_numpy(np.stack(masks))
         reddino.apply_schedules(optimizer, now)
-        with torch.autocast(device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
-            views = (augment.normalise(v, device, torch.float32) for v in (globals_, locals_))
-            loss = sum(model(*views, masks, now["teacher_temp"]).values())
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        views, loss = (augment.normalise(v, device, torch.float32) for v in (globals_, locals_)), 0.0
+        with torch.autocast(device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
+            lessons = model.teach(*views, masks, now["teacher_temp"])
+            while lessons:
+                terms = sum(model(*lessons.pop(0)).values())
+                terms.backward()
+                loss += terms.detach()
         for part in model.student.values():
             nn.utils.clip_grad_norm_(part.parameters(), cfg.clip)
         optimizer.step()
@@ -377,7 +380,7 @@ def probe(args, folder):
 
     if args.cells:
         cells = ev.read_cells(args.cells)
-        x = ev.extract_features(ev.load_backbone("pixels"), torch.cat(list(ev.crops_of(cells, 80, 64, {}))))
+        x = ev.extract_features(ev.load_backbone("pixels"), torch.cat(list(ev.crops_of(cells, 80, 64))))
         y, what = torch.from_numpy(cells.label), f"16 x 16 pixels of {len(cells.label):,} cells"
     else:  # as a ViT-S gives: 384, variances falling as 1 / rank^2, all mixed
         rng, n = np.random.default_rng(0), 2000 if args.quick else 18744

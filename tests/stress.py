@@ -74,7 +74,8 @@ def stress(folder: Path, rounds: int, seed: int = 0, say=print) -> dict:
         kind = "training" if n == 0 or chance.random() < 0.8 else "starting"
         wait, steps = startup * chance.random(), chance.randint(1, 60)
         saved = torch.load(out / "checkpoint.pth", weights_only=True)["step"] if n else 0
-        while time.monotonic() - began < wait if kind == "starting" else len(lines(out)) < saved + steps + (n == 0) * 6:
+        until = min(saved + steps + (n == 0) * 6, iters - 9)  # the run must not end before it is killed
+        while time.monotonic() - began < wait if kind == "starting" else len(lines(out)) < until:
             if run.poll() is not None or time.monotonic() - began > 300:
                 raise AssertionError((folder / "out.log").read_text()[-3000:])
             time.sleep(0.01 + 0.05 * chance.random())

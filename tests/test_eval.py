@@ -702,6 +702,32 @@ def test_one_image_under_two_names_is_one_image(tmp_path):
         assert not {0, 4} <= set(cells.file[train]) | set(cells.file[test]) or {0, 4} <= set(cells.file[train])
 
 
+def slices(folder, level=0, width=2000):
+    """The smears of draw_cells as .npy of values in this window, int16, and their CSV: its path."""
+    text = (folder / "cells.csv").read_text()
+    for path in folder.glob("[0-9].png"):
+        grey = np.asarray(Image.open(path))[..., 0].astype(float)
+        np.save(path.with_suffix(".npy"), np.rint(level + (grey / 255 - 0.5) * width).astype(np.int16))
+    (folder / "slices.csv").write_text(text.replace(".png", ".npy"))
+    return folder / "slices.csv"
+
+
+def test_slices_are_scored_through_their_window(tmp_path):
+    """Values in a window are what the picture is that the window makes of them: crops, features, figures."""
+    draw_cells(tmp_path)
+    table = slices(tmp_path)
+    grey = ev.read_cells(str(tmp_path / "cells.csv"))
+    cells = ev.read_cells(str(table), window=(0, 2000))
+    for mine, theirs in zip(ev.crops_of(cells, 24, 224), ev.crops_of(grey, 24, 224)):
+        assert (mine == mine[:, :1]).all() and (mine[:, 0].int() - theirs[:, 0].int()).abs().max() <= 1
+    narrow = ev.read_cells(str(table), window=(0, 1))
+    assert len({cells.digest, narrow.digest, grey.digest}) == 3  # features of another window are no hit in the cache
+    results = ev.evaluate(table, ["pixels"], ["knn"], 24, tmp_path / "out", log=lambda text: None, window=(0, 2000))
+    assert results["window"] == (0, 2000) and results["rows"][0]["accuracy"] == 1
+    with pytest.raises(UserError, match="all cells are of one image"):  # seen through a window in which all is white
+        ev.read_cells(str(table), window=(-5000, 10))
+
+
 def broken(tmp_path, edit):
     lines = (tmp_path / "cells.csv").read_text().split("\n")
     (tmp_path / "bad.csv").write_text("\n".join(edit(lines)))
@@ -750,6 +776,12 @@ MISTAKES = {
         lambda t: ["--data", str(t / "cells.csv"), "--weights", "pixels", "--out", str(t / "0.png")],
         "File exists",
     ),
+    "a window without width": (
+        lambda t: ["--data", str(t / "cells.csv"), "--weights", "pixels", "--window", "40", "0"],
+        "--window takes LEVEL and WIDTH",
+    ),
+    "values without a window": (lambda t: slices(t) and ["--data", str(t / "slices.csv"), "--weights", "pixels"],
+                                "--window LEVEL WIDTH"),
     "no such device": (
         lambda t: ["--data", str(t / "cells.csv"), "--weights", "pixels", "--device", "tpu"],
         "--device tpu",

@@ -43,6 +43,15 @@ def tiny(**options):
     return configure(**{**small, **options})
 
 
+def step(model, *batch):
+    """The losses of a whole step by name: all lessons of a batch (global views, local views, masks, temperature)."""
+    losses = {}
+    for lesson in model.teach(*batch):
+        for name, value in model(*lesson).items():
+            losses[name] = losses.get(name, 0) + value
+    return losses
+
+
 def shaken(module, seed=0):
     """The module with every parameter random and LayerScale near 1: at 1e-5 all blocks would be the identity."""
     generator = torch.Generator().manual_seed(seed)
@@ -449,20 +458,25 @@ def plain_losses(cfg, model, global_views, local_views, masks, temp, centers=(0.
     dict(local_crops=0), dict(local_crops=1, koleo=0.1), dict(local_crops=3, separate_heads=True, ibot=0.7),
     dict(local_crops=1, centering="moving-average", koleo=0.3, student_temp=0.2, registers=2),
     dict(local_crops=2, centering="moving-average", separate_heads=True),
+    dict(local_crops=7),
 ])  # fmt: skip
-def test_the_total_is_the_plain_double_loop(options):
+@pytest.mark.parametrize("lessons", [1, 2])  # of the global views; 7 local ones take as many
+def test_the_total_is_the_plain_double_loop(options, lessons, monkeypatch):
+    monkeypatch.setattr(DINO, "SMALL", {1: 10**9, 2: 0}[lessons])
     cfg = tiny(**options)
     torch.manual_seed(0)
     model = DINO(cfg).double()
     shaken(model.student), shaken(model.teacher, seed=1)
     global_views, local_views, masks = inputs(cfg)
     centers = (0.0, 0.0)
-    for step in range(2):  # the second step has a center
-        losses = model(global_views, local_views, masks, 0.3)
+    for count in range(2):  # the second step has a center
+        losses = step(model, global_views, local_views, masks, 0.3)
+        taught = model.teach(global_views, local_views, masks, 0.3)
+        assert len(taught) == lessons + math.ceil(cfg.local_crops * lessons / 8)
         expected = plain_losses(cfg, model, global_views, local_views, masks, 0.3, centers)
         assert list(losses) == list(expected)
         for name in losses:
-            assert losses[name].item() == pytest.approx(expected[name], rel=1e-6), (name, step)
+            assert losses[name].item() == pytest.approx(expected[name], rel=1e-6), (name, count)
         if cfg.centering == "moving-average":
             model.update_teacher(1.0)
             with torch.no_grad():
@@ -476,7 +490,7 @@ def test_only_the_student_learns_and_all_of_it_does():
     cfg = tiny(local_crops=1)
     model = DINO(cfg).double()
     shaken(model.student)
-    sum(model(*inputs(cfg), 0.04).values()).backward()
+    sum(step(model, *inputs(cfg), 0.04).values()).backward()
     assert all(p.grad is None for p in model.teacher.parameters())
     idle = [n for n, p in model.student.named_parameters() if p.grad is None or not p.grad.any()]
     assert idle == []
@@ -503,11 +517,10 @@ def test_the_lessons_functions_are_those_that_run(name, replacement, monkeypatch
 
     def run():
         model.zero_grad()
-        losses = model(*inputs(cfg), 0.1)
+        losses = step(model, *inputs(cfg), 0.1)
         sum(losses.values()).backward()
-        return torch.stack(list(losses.values())).detach(), model.student[
-            "backbone"
-        ].patch_embed.proj.weight.grad.clone()
+        grad = model.student["backbone"].patch_embed.proj.weight.grad
+        return torch.stack(list(losses.values())).detach(), grad.clone()
 
     before = run()
     monkeypatch.setattr(reddino, name, replacement)
@@ -694,8 +707,8 @@ def test_flops_of_a_step_are_those_that_torch_counts(arch):
     masks = torch.zeros(2 * B, grid * grid, dtype=torch.bool)
     masks[:, : round(0.15 * grid * grid)] = True  # 0.3 of half of them
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the CPU's fused one is not counted
-        losses = model(torch.randn(2 * B, 3, grid * vit.patch_size, grid * vit.patch_size),
-                       torch.randn(2 * B, 3, cfg.local_size, cfg.local_size), masks, 0.04)  # fmt: skip
+        losses = step(model, torch.randn(2 * B, 3, grid * vit.patch_size, grid * vit.patch_size),
+                      torch.randn(2 * B, 3, cfg.local_size, cfg.local_size), masks, 0.04)  # fmt: skip
         sum(losses.values()).backward()
     estimate = reddino.step_flops(cfg, model)
     assert estimate == pytest.approx(counter.get_total_flops(), rel=0.03)

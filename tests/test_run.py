@@ -22,7 +22,7 @@ from stress import stress
 import augment
 import reddino
 from augment import Patches
-from eval import read_backbone, vit_from_state
+from eval import evaluate, read_backbone, vit_from_state
 from reddino import configure, train
 
 torch.set_num_threads(1)
@@ -94,7 +94,7 @@ def metrics(out):
 
 def losses(out):
     """What must be the same in a resumed run, step by step; each step must be there once."""
-    steps = metrics(out)
+    steps = [s for s in metrics(out) if s["step"] >= 0]  # -1: a look at the features before the first
     assert [s["step"] for s in steps] == list(range(len(steps)))
     return [{k: s[k] for k in ("loss", "dino", "ibot", "koleo", "lr") if k in s} for s in steps]
 
@@ -128,15 +128,20 @@ def assert_same_run(a, b):
 
 
 def each_step(monkeypatch, act):
-    """act(n, model, losses) after the n-th forward pass from now on; what it returns are the losses."""
-    forward, count = reddino.DINO.forward, iter(range(10**6))
+    """act(n, model, losses) after the first lesson of the n-th step from now on; what it returns are its losses."""
+    teach, forward, count, begun = reddino.DINO.teach, reddino.DINO.forward, iter(range(10**6)), []
 
-    def wrapped(self, *args, **kwargs):
-        found = forward(self, *args, **kwargs)
-        return act(next(count), self, found) or found
+    def taught(self, *args):
+        begun.append(next(count))
+        return teach(self, *args)
 
+    def wrapped(self, *args):
+        found = forward(self, *args)
+        return (begun and act(begun.pop(), self, found)) or found
+
+    monkeypatch.setattr(reddino.DINO, "teach", taught)
     monkeypatch.setattr(reddino.DINO, "forward", wrapped)
-    return lambda: monkeypatch.setattr(reddino.DINO, "forward", forward)
+    return lambda: [monkeypatch.setattr(reddino.DINO, f.__name__, f) for f in (teach, forward)]
 
 
 def cut(monkeypatch, at, images, out, which=signal.SIGTERM, **more):
@@ -199,14 +204,14 @@ def test_killed_at_any_moment(tmp_path):
 
 
 SLOW = """
-forward, steps = reddino.DINO.forward, iter(range(10**6))
+teach, steps = reddino.DINO.teach, iter(range(10**6))
 def slow(self, *args):
     if next(steps) == 4:
         print("now", flush=True)
         time.sleep(60)
-    return forward(self, *args)
+    return teach(self, *args)
 import time
-reddino.DINO.forward = slow
+reddino.DINO.teach = slow
 reddino.main()
 """
 
@@ -258,6 +263,57 @@ def test_a_scaler_that_searches_its_scale_is_no_fault(images, tmp_path, monkeypa
     assert saved["scaler"]["scale"] == 2.0 ** (28 - sum(skipped))
     go(images, tmp_path, dtype="float16", iters=26)  # and goes on with the scale that it has found
     assert not any(s["skipped"] for s in metrics(tmp_path)[24:])
+
+
+@pytest.fixture(scope="module")
+def tables(images, tmp_path_factory):
+    """Labelled cells of the images: by brightness, which any features tell, and by nothing."""
+    folder = tmp_path_factory.mktemp("tables")
+    rows = {"bright": [], "nothing": []}
+    for i, path in enumerate(sorted(images.rglob("*.png"))):
+        pixels = augment.read_image(path)
+        for k, (y, x) in enumerate(itertools.product((20, 48, 76), (20, 48, 76))):
+            bright = pixels[y - 8 : y + 8, x - 8 : x + 8].mean() > 128
+            rows["bright"].append(f"{path},{x},{y},{'high' if bright else 'low'}")
+            rows["nothing"].append(f"{path},{x},{y},{'odd' if (i + k) % 2 else 'even'}")
+    for name, lines in rows.items():
+        (folder / f"{name}.csv").write_text("\n".join(["image,x,y,label", *lines]))
+    return [str(folder / f"{name}.csv") for name in rows]
+
+
+def test_features_are_scored_meanwhile_and_the_best_teacher_is_kept(images, tables, tmp_path, monkeypatch, capsys):
+    more = dict(eval_data=tables, eval_every=2, eval_crop=16, lr=0.05)
+    go(images, tmp_path / "whole", **more)
+    found = {s["step"]: (s["knn"], s["knn1"]) for s in metrics(tmp_path / "whole") if "knn" in s}
+    assert list(found) == [-1, 1, 3, 5, 7, 9]  # before the first, and after every second
+    table = evaluate(tables[0], {"last": tmp_path / "whole/backbone.pth", "best": tmp_path / "whole/best.pth"}, ["knn"],
+                     crop=16, size=32, device="cpu", log=lambda text: None)  # fmt: skip
+    judged = {row["weights"]: row["weighted_f1"] for row in table["rows"] if row["protocol"] == "20-NN"}
+    assert judged["last"] == pytest.approx(found[9][0]) and judged["best"] == pytest.approx(max(found.values())[0])
+    said = capsys.readouterr().out
+    assert all(f"20-NN weighted F1 {100 * a:.1f} {100 * b:.1f}" in said for a, b in found.values())
+
+    cut(monkeypatch, 5, images, tmp_path / "cut", **more)
+    go(images, tmp_path / "cut", **more)
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    assert_same(*(torch.load(tmp_path / f / "best.pth", weights_only=True) for f in ("whole", "cut")))
+    go(images, tmp_path / "without")  # looking changes nothing
+    assert losses(tmp_path / "without") != losses(tmp_path / "whole")  # another lr
+    go(images, tmp_path / "blind", lr=0.05)
+    assert_same_run(tmp_path / "whole", tmp_path / "blind")
+    assert "none.csv can't be read" in main(capsys, options(images, tmp_path / "none", eval_data=["none.csv"]))
+
+
+def test_a_frozen_backbone_waits_for_its_heads(images, tmp_path, monkeypatch):
+    seen = []
+    each_step(monkeypatch, lambda n, model, losses: seen.append(
+        [[p.detach().clone() for p in model.student[part].parameters()] for part in ("backbone", "dino_head")]))
+    go(images, tmp_path, freeze_backbone_steps=4, drop_path=0.0)
+    moved = [[not all(map(torch.equal, a, b)) for a, b in zip(*pair)] for pair in itertools.pairwise(seen)]
+    assert [m[0] for m in moved] == [False] * 5 + [True] * 4  # the fifth is the first of its warm-up, at rate 0
+    assert all(m[1] for m in moved[1:])  # lr's own warm-up begins at 0
+    rates = [(s["backbone_lr"] / s["lr"]) for s in metrics(tmp_path)[1:]]
+    assert rates == pytest.approx([0, 0, 0, 0, 0.25, 0.5, 0.75, 1, 1])
 
 
 def test_export(images, whole, tmp_path, capsys):
@@ -519,18 +575,20 @@ import json, os, signal, sys
 import torch, torch.distributed as dist
 from reddino import DINO
 
-rank, forward = int(os.environ["RANK"]), DINO.forward
+rank, teach, forward = int(os.environ["RANK"]), DINO.teach, DINO.forward
 for job in json.load(open(sys.argv[1])):
     steps = iter(range(10**6))
     def act(self, *args, job=job, steps=steps):
-        n = next(steps)
+        self.n = n = next(steps)
         if rank == 1 and n == job.get("fail"):
             raise RuntimeError("planted in process 1")
         if rank == 1 and n == job.get("stop"):
             os.kill(os.getpid(), signal.SIGTERM)
-        losses = forward(self, *args)
-        return losses | {"dino": losses["dino"] * float("nan")} if rank == 1 and n == job.get("nan") else losses
-    DINO.forward = act
+        return teach(self, *args)
+    def spoil(self, *args, job=job):
+        losses, bad = forward(self, *args), rank == 1 and self.n == job.get("nan")
+        return losses | {"dino": losses["dino"] * float("nan")} if bad else losses
+    DINO.teach, DINO.forward = act, spoil
     try:
         reddino.train(reddino.configure(**job["options"]))
         code = 0

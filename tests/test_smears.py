@@ -163,6 +163,95 @@ def test_neither_colour_nor_small_pixels_tell_the_class(drawn):
     assert held_out_f1(np.array(pixels), rows)[0] < 0.55  # measured: 0.41
 
 
+# ------------------------------------------------------------------------------------------------------- CT slices
+
+@pytest.fixture(scope="module")
+def slices(tmp_path_factory):
+    """Folder and table of 240 slices: two patients for each scanner and disease."""
+    out = tmp_path_factory.mktemp("drawn") / "slices"
+    with open(smears.draw(out, images=240, seed=0, slices=True), newline="") as file:
+        return out, list(csv.DictReader(file))
+
+
+def test_slices_are_reproducible_values(slices, tmp_path):
+    out, rows = slices
+    smears.draw(tmp_path / "few", images=2, seed=0, slices=True)
+    for k in range(2):
+        name = f"slices/{k:04d}.npy"
+        assert (tmp_path / "few" / name).read_bytes() == (out / name).read_bytes()
+    with open(tmp_path / "few" / "cells.csv", newline="") as file:
+        assert list(csv.DictReader(file)) == rows[:4]
+    assert (smears.ct(1, 0)[0] != smears.ct(0, 0)[0]).mean() > 0.5
+    assert {path.relative_to(out).as_posix() for path in (out / "slices").iterdir()} == {row["image"] for row in rows}
+    for k in (0, 100, 200):
+        hu = np.load(out / f"slices/{k:04d}.npy")
+        assert hu.dtype == np.int16 and hu.shape == (512, 512) and hu.min() >= -1024 and 350 < hu.max() <= 3071
+        assert abs(np.median(hu[:40]) + 1000) < 15  # air around the patient
+        lung = np.median(hu[200:300, 110:170])
+        assert -900 < lung < -800
+    with pytest.raises(FileExistsError, match="something else than 240 smears"):
+        smears.draw(out, images=240, seed=0)
+
+
+def test_every_aorta_is_labelled_and_nothing_but_itself_tells_its_class(slices):
+    _, rows = slices
+    assert list(rows[0]) == ["image", "x", "y", "label", "group", "source"]
+    assert Counter(Counter(row["image"] for row in rows).values()) == {2: 240}
+    assert max(Counter(row["group"] for row in rows).values()) == 2 * smears.PER_STUDY
+    assert all(40 <= float(row[axis]) <= 512 - 40 for row in rows for axis in "xy")
+    counts = Counter(row["label"] for row in rows)
+    assert set(counts) == set(smears.AORTAS) and counts["normal"] > 240 and min(counts.values()) >= 20
+    groups = {label: {row["group"] for row in rows if row["label"] == label} for label in counts}
+    assert all(len(groups[label]) == 6 for label in counts if label != "normal") and len(groups["normal"]) > 20
+    assert {(row["source"], row["label"]) for row in rows} == {(s, c) for s in smears.SCANNERS for c in smears.AORTAS}
+    for group in {row["group"] for row in rows}:  # one patient, one scanner, at most one disease
+        of = [row for row in rows if row["group"] == group]
+        assert len({row["source"] for row in of}) == 1 and len({row["label"] for row in of} - {"normal"}) <= 1
+
+
+def cross_section(kind, seed, blood=300):
+    """An aorta alone in water, 0.7 mm a pixel, without noise: HU."""
+    x = ((np.arange(200, dtype=np.float32) - 100) * smears.MM)[None]
+    hu = np.zeros((200, 200), np.float32)
+    smears.aorta(hu, x, x.T, 0, 0, kind, blood, np.random.default_rng(seed))
+    return hu
+
+
+@pytest.mark.parametrize("kind", smears.AORTAS)
+def test_what_makes_each_class(kind):
+    """In square millimetres and HU, by counting pixels: classes do not touch each other."""
+    for seed in range(60):
+        hu = cross_section(kind, seed)
+        outer = np.ptp(np.argwhere(np.abs(hu) > 20), axis=0).max() * smears.MM / 2  # with wall and bed of fat
+        blood, plaque = (hu > 150).sum() * smears.MM**2, (hu > 500).sum() * smears.MM**2
+        assert (plaque > 3) == (kind == "calcified")
+        radius = np.sqrt(blood / np.pi)
+        if kind == "normal":
+            assert 9 < radius < 17.5 and abs(blood - np.pi * (outer - 4) ** 2) < 0.3 * blood
+        if kind == "aneurysm":
+            assert 18.5 < radius < 29.5
+        if kind == "thrombus":  # the wall is wide, the channel is not
+            assert radius < 0.75 * (outer - 4) and 45 < np.median(hu[(hu > 30) & (hu < 60)]) <= 50
+        if kind == "dissection":  # the flap cuts the blood in two
+            line = (hu > 30) & (hu < 110)
+            inside = np.hypot(*(np.indices(hu.shape) - 100)) * smears.MM < 0.8 * (outer - 5)
+            assert (line & inside).sum() * smears.MM > 8
+
+
+def test_mean_brightness_does_not_tell_aortas_apart(slices):
+    out, rows = slices
+    crops = []
+    for row in rows:
+        x, y = round(float(row["x"])), round(float(row["y"]))
+        crops.append(np.load(out / row["image"], mmap_mode="r")[y - 40:y + 40, x - 40:x + 40].astype(float))
+    labels, groups = (np.array([row[key] for row in rows]) for key in ("label", "group"))
+    test = np.isin(groups, sorted(set(groups))[::3])
+    means = np.array(crops).mean((1, 2))[:, None]
+    guess = KNeighborsClassifier(20).fit(means[~test], labels[~test]).predict(means[test])
+    always = f1_score(labels[test], np.full(test.sum(), "normal"), average="weighted", zero_division=0)
+    assert f1_score(labels[test], guess, average="weighted") < always + 0.1
+
+
 # --------------------------------------------------------------------------------------------- the command line
 
 def test_command_line_draws_and_draws_again_but_never_over_other_files(tmp_path):
@@ -173,6 +262,8 @@ def test_command_line_draws_and_draws_again_but_never_over_other_files(tmp_path)
     (out / "cells.csv").unlink()  # as if the first run had been stopped
     assert run(out, "--images", 1, "--seed", 5).returncode == 0
     assert (out / "cells.csv").read_text() == before
+    assert run(tmp_path / "ct", "--images", 1, "--slices").returncode == 0
+    assert np.load(tmp_path / "ct" / "slices" / "0000.npy").dtype == np.int16
     other = tmp_path / "photos"
     other.mkdir()
     (other / "holiday.jpg").write_bytes(b"dear")

@@ -1,0 +1,182 @@
+"""Which of RedDino's claims hold at a size that a laptop can repeat? Pairs of short trainings on Chula RBC-12.
+
+    python tests/ablations.py --chula CHULA               every run that tests/ablations.jsonl lacks, one by one
+    python tests/ablations.py --chula CHULA --jobs 2      two at a time, a core each
+    python tests/ablations.py --chula CHULA --table       what is there, as a table
+
+CHULA holds smears/NNN.jpg and cells.csv (image,x,y,label). A run trains `nano` from scratch for --minutes on one core
+and is scored once: fit on the labels of the smears that it was trained on, asked on a block of smears that neither
+training nor the choice of any recipe has seen. It can be stopped at any moment; the same command goes on, within a run
+too. Each finished run is a line of ablations.jsonl with its guess for each cell asked, for the paired intervals.
+"""
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import eval as ev
+import reddino
+from augment import read_image
+
+LINES = Path(__file__).with_suffix(".jsonl")
+NEVER_SEEN = 3  # of five blocks of smears, by number: see block
+
+# What is changed in nano's recipe, and what it is compared with. `data`: smears, or single cells cut out of them.
+RUNS = {
+    "nano": {},
+    "KoLeo off": dict(koleo=0),
+    "moving-average centering": dict(centering="moving-average"),
+    "32 transforms": dict(augment="reddino", transforms=4),
+    "DINOv2's transforms": dict(augment="dinov2"),
+    "224-pixel patches": dict(patch_size=224, global_size=64),
+    "single cells": dict(data="cells"),
+    "4 local views": dict(local_crops=4, local_scale=0.2),
+    "no patch-token loss": dict(ibot=0),
+}
+
+def block(image: str) -> int:
+    """Of a smear, by the number in its name."""
+    return (int(Path(image).stem) - 1) // 20 % 5
+
+def prepare(chula: Path, out: Path) -> dict[str, Path]:
+    """Folders to train on, without the smears never seen; and the table with the split to score on."""
+    folders = {"smears": out / "smears", "cells": out / "cells", "table": out / "cells.csv"}
+    if folders["table"].exists():
+        return folders
+    for name in ("smears", "cells"):
+        folders[name].mkdir(parents=True, exist_ok=True)
+    for path in sorted((chula / "smears").iterdir()):
+        if block(path.name) != NEVER_SEEN and not (folders["smears"] / path.name).exists():
+            (folders["smears"] / path.name).symlink_to(path.resolve())
+    with open(chula / "cells.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["label"] != "uncategorised"]
+    for n, row in enumerate(rows):  # cut as eval.py cuts them; their labels are not used
+        if block(row["image"]) != NEVER_SEEN:
+            x, y = (int(float(row[k])) for k in "xy")
+            pixels = np.pad(read_image(str(chula / row["image"])), ((40, 40), (40, 40), (0, 0)), mode="edge")
+            Image.fromarray(pixels[y:y + 80, x:x + 80]).save(folders["cells"] / f"{n:05d}.png")
+    with open(out / "cells.part", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["image", "x", "y", "label", "split"])
+        for row in rows:
+            split = "test" if block(row["image"]) == NEVER_SEEN else "train"
+            table.writerow([(chula / row["image"]).resolve(), row["x"], row["y"], row["label"], split])
+    (out / "cells.part").rename(folders["table"])
+    return folders
+
+def score(weights: str, size: int, cells: ev.Cells, parts: list) -> dict:
+    """Weighted F1 of 20-NN and of the linear probe, and their guesses, a letter for each cell asked."""
+    x = ev.embed(weights, ev.load_backbone(weights, size, "cpu"), cells, 80, None, lambda text: None)
+    y, found, (train, test) = torch.from_numpy(cells.label), {}, parts[0]
+    probs = {"20-NN": ev.knn(x[train], y[train], x[test], 20, len(cells.classes)),
+             "linear": ev.tuned_probe(x[train], y[train], x[test], cells.group[train], len(cells.classes))}
+    for name, p in probs.items():
+        guess = p.argmax(1).numpy()
+        f1 = ev.scores(ev.confusion(cells.label[test], guess, len(cells.classes)))["weighted_f1"]
+        found[name] = {"weighted_f1": round(float(f1), 4), "guess": "".join(chr(97 + g) for g in guess)}
+    return found
+
+def train(name: str, seed: int, minutes: float, folders: dict, out: Path, core: int) -> dict:
+    """One run on one core, or the rest of it: its recipe, its last step, its backbone's scores."""
+    options = dict(RUNS[name])
+    data, folder = folders[options.pop("data", "smears")], out / f"{name.replace(' ', '-')}-{seed}"
+    command = [sys.executable, ROOT / "reddino.py", "--data", data, "--out", folder, "--arch", "nano", "--minutes",
+               minutes, "--seed", seed, "--workers", 0, "--log-every", 100, "--device", "cpu"]
+    command += [word for k, v in options.items() for word in ("--" + k.replace("_", "-"), v)]
+    run = subprocess.run(list(map(str, command)), env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
+                         text=True, preexec_fn=lambda: os.sched_setaffinity(0, {core}))
+    if run.returncode:
+        raise RuntimeError(f"{name}, seed {seed}: {(run.stderr.strip() or 'without a word').splitlines()[-1]}")
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    return dict(run=name, seed=seed, minutes=minutes, options=options, steps=last["step"] + 1,
+                dino=round(last["dino"], 3), rank=round(last.get("rank", 0), 1), weights=str(folder / "backbone.pth"))
+
+def table(lines: list[dict], cells: ev.Cells, test: np.ndarray):
+    """Each run's mean and spread over seeds, and the mean difference from nano, with an interval over smears."""
+    truth, n = cells.label[test], len(cells.classes)
+    smears = np.unique(cells.group[test], return_inverse=True)[1]
+    times = ev.bootstrap(smears.max() + 1, 0)  # [1 + replicates, smears]
+
+    def again(line, how):  # weighted F1 of each replicate
+        guess = np.array([ord(c) - 97 for c in line[how]["guess"]])
+        counts = np.zeros((smears.max() + 1, n * n), np.float32)
+        np.add.at(counts, (smears, truth * n + guess), 1)
+        return 100 * ev.scores((times @ counts).astype(float).reshape(-1, n, n))["weighted_f1"]
+
+    print("| run | seeds | steps | dino | 20-NN | minus nano | linear probe | minus nano |\n" + "|---" * 8 + "|")
+    runs = {name: [line for line in lines if line["run"] == name] for name in dict.fromkeys(x["run"] for x in lines)}
+    for name, own in runs.items():
+        row = [name, len(own), *(f"{np.mean([x[k] for x in own]):.{d}f}" if k in own[0] else ""
+                                 for k, d in (("steps", 0), ("dino", 2)))]
+        for how in ("20-NN", "linear"):
+            f1 = np.array([again(x, how) for x in own])  # [seeds, 1 + replicates]
+            row.append(f"{f1[:, 0].mean():.1f}" + (f" ± {f1[:, 0].std(ddof=1):.1f}" if len(own) > 1 else ""))
+            base = {x["seed"]: again(x, how) for x in runs.get("nano", ())}
+            gaps = [again(x, how) - base[x["seed"]] for x in own if x["seed"] in base and name != "nano"]
+            gap = np.mean(gaps, 0) if gaps else [0]
+            ends = np.percentile(gap[1:], [2.5, 97.5]) if gaps else ()
+            row.append("{:.1f} [{:.1f}, {:.1f}]".format(gap[0], *ends) if gaps else "")
+        print("| " + " | ".join(map(str, row)) + " |")
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--chula", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=ROOT / "out" / "ablations", help="folder for the runs")
+    parser.add_argument("--minutes", type=float, default=10, help="of training, each run (default 10)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a core each")
+    parser.add_argument("--table", action="store_true")
+    args = parser.parse_args()
+    folders = prepare(args.chula, args.out)
+    cells = ev.read_cells(str(folders["table"]))
+    parts = ev.make_splits(cells, 5, 0, lambda text: None)["the CSV's split"]
+    done = [json.loads(line) for line in LINES.read_text().splitlines()] if LINES.exists() else []
+    if args.table:
+        return table(done, cells, parts[0][1])
+    cores, lock = sorted(os.sched_getaffinity(0))[:args.jobs], threading.Lock()
+
+    def write(line: dict):
+        line = dict(date=time.strftime("%Y-%m-%d")) | line
+        with open(LINES, "a") as file:
+            print(json.dumps({k: v for k, v in line.items() if k != "weights"}), file=file, flush=True)
+        f1 = [f"{how} {line[how]['weighted_f1']:.3f}" for how in ("20-NN", "linear")]
+        print(*(line.get(k, "") for k in ("run", "seed", "steps")), *f1, flush=True)
+
+    there = {(line["run"], line["seed"]) for line in done}
+    for name in {"pixels", "colour"} - {run for run, _ in there}:
+        write(dict(run=name, seed=0) | score(name, None, cells, parts))
+    for seed in args.seeds:
+        if ("untrained", seed) not in there:
+            model, _ = reddino.first_networks(reddino.configure(arch="nano", seed=seed))
+            torch.save(model.teacher["backbone"].state_dict(), args.out / "untrained.pth")
+            write(dict(run="untrained", seed=seed) | score(str(args.out / "untrained.pth"), None, cells, parts))
+
+    def job(what):
+        core = cores.pop()
+        try:
+            line = train(*what, args.minutes, folders, args.out, core)
+            with lock:
+                write(line | score(line["weights"], None, cells, parts))
+        finally:
+            cores.append(core)
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        todo = [(name, seed) for seed in args.seeds for name in args.runs if (name, seed) not in there]
+        for finished in [pool.submit(job, what) for what in todo]:
+            finished.result()
+
+if __name__ == "__main__":
+    main()
