@@ -65,6 +65,11 @@ def apply_window(values, level, width):
     """
     return (255 / width * (values - (level - width / 2))).clip(0, 255).astype(np.uint8)
 
+def check_window(window):
+    """UserError unless it is none, or a level and a width."""
+    if window and not (len(window) == 2 and window[1] > 0 and np.isfinite(window).all()):
+        raise UserError("--window takes LEVEL and WIDTH, finite, the width above 0")
+
 def _deep(grey, window, raw):
     """Grey of more than 8 bits [H, W] -> RGB uint8 [H, W, 3]; raw: as float32 [H, W]. NaN, inf count as the lowest."""
     with np.errstate(over="ignore"):
@@ -642,11 +647,12 @@ def main():
     parser.add_argument("--window", nargs=2, type=float, metavar=("LEVEL", "WIDTH"))
     args = parser.parse_args()
     try:
+        check_window(args.window)
         image = read_image(args.image, window=args.window, raw=args.augment == "ct")
         side = min(image.shape[:2]) if args.augment in ("ct", "mri", "xray") else 224  # anatomy is looked at as a whole
         y, x = (max(0, (n - side) // 2) for n in image.shape[:2])
         gallery(image[y:y + side, x:x + side], args.seed, args.augment, args.window).save(args.out)
-    except (BadImage, OSError, ValueError) as error:  # the last two: an --out that can't be written
+    except (UserError, BadImage, OSError, ValueError) as error:  # the last two: an --out that can't be written
         parser.exit(2, f"augment.py: error: {error}\n")
 
 if __name__ == "__main__":

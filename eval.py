@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from augment import MEAN, STD, BadImage, UserError, find_images, normalise, read_image
+from augment import MEAN, STD, BadImage, UserError, check_window, find_images, normalise, read_image
 from reddino import VisionTransformer, build_vit, choose_device, configure, resize_pos_embed, write_aside
 
 PROTOCOLS = ("knn", "linear", "fewshot")
@@ -656,8 +656,7 @@ def evaluate(data, weights, protocols=PROTOCOLS, crop=80, out=None, device="auto
         raise UserError(f"--protocols {unknown[0]}: choose from {', '.join(PROTOCOLS)}")
     if crop < 2 or folds < 2 or (size or 1) < 1:
         raise UserError("--crop and --folds have to be at least 2, and --size at least 1")
-    if window and not window[1] > 0:
-        raise UserError("--window takes LEVEL and WIDTH, the width above 0")
+    check_window(window)
     if figures and not importlib.util.find_spec("matplotlib"):
         raise UserError("--figures needs matplotlib: pip install matplotlib")
     for folder in filter(None, (out, figures)):

@@ -47,7 +47,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from augment import Patches, UserError, batches, normalise
+from augment import BadImage, Patches, UserError, batches, check_window, normalise
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Configuration. Every option, its default, what it does and where the number comes from; the command line is made from
@@ -161,8 +161,9 @@ def configure(**given) -> Config:
             raise UserError(f"--{kind}-size {size}: {cfg.arch} needs a multiple of its {patch}-pixel patches")
     if cfg.local_crops and cfg.local_scale >= cfg.global_scale:
         raise UserError("--local-scale must be below --global-scale: local views show less than global ones")
-    if cfg.window and not (len(cfg.window) == 2 and cfg.window[1] > 0):
-        raise UserError("--window takes LEVEL and WIDTH, the width above 0")
+    if cfg.local_crops and cfg.local_size > cfg.global_size:
+        raise UserError("--local-size must not exceed --global-size")
+    check_window(cfg.window)
     if cfg.overwrite and cfg.resume != "never":
         raise UserError("--overwrite replaces a run: say --resume never as well, or leave it out to go on")
     return cfg
@@ -181,7 +182,8 @@ def parse_args(argv: list[str]) -> Config:
         text = f"{field.metadata['help']} [{default}{presets}]".replace("%", "%%")
         parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **kind)
     given = vars(parser.parse_args(argv))
-    return configure(**({} if "data" in given else {"arch": "nano"}) | given)
+    # What the demo draws tells every class by its shape alone; in batches of one smear each, stain is no way out.
+    return configure(**({} if "data" in given else {"arch": "nano", "mix": 1}) | given)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Patches. A ViT reads an image as a sequence of N square patches of p x p pixels, each projected linearly to D
@@ -725,6 +727,8 @@ MAY_CHANGE = {"out", "init", "workers", "device", "dtype", "compile", "checkpoin
               "save_every", "log_every", "resume", "overwrite", "export",
               "eval_data", "eval_every", "eval_crop"}  # it's the same run with others # fmt: skip
 
+RUN = ("checkpoint.pth", "previous.pth", "best.pth", "metrics.jsonl", "skipped.txt")  # what --overwrite removes
+
 def prepare(cfg: Config, world: int) -> tuple[Patches, dict | None, str]:
     """Before any work: the patches, and the checkpoint to go on from, if any. Raises UserError."""
     try:
@@ -732,13 +736,18 @@ def prepare(cfg: Config, world: int) -> tuple[Patches, dict | None, str]:
         tempfile.TemporaryFile(dir=cfg.out).close()
     except OSError as error:
         raise UserError(f"--out {cfg.out}: can't write there ({error.strerror})") from None
-    files = [Path(cfg.out, name) for name in ("checkpoint.pth", "previous.pth", "metrics.jsonl", "skipped.txt")]
-    there = [path for path in files if path.exists()]
+    there = [path for name in RUN if (path := Path(cfg.out, name)).exists()]
     if cfg.resume == "never" and there and not cfg.overwrite:
         raise UserError(f"{cfg.out} holds a run: --resume auto goes on with it, --overwrite replaces it")
-    checkpoints = {"auto": [path for path in there if path.suffix == ".pth"], "never": []}
+    checkpoints = {"auto": [path for path in there if path.name in RUN[:2]], "never": []}
     saved, note = read_checkpoint(checkpoints.get(cfg.resume, [Path(cfg.resume)]))
     patches = Patches(cfg.data, cfg.patch_size, cfg.window, raw=cfg.augment == "ct")
+    for first in [first for _, first, last in patches.sources if first < last]:
+        try:
+            patches[first]
+        except BadImage as bad:  # what else is wrong with a file concerns that file
+            if "--window" in bad.reason:
+                raise UserError(str(bad)) from None
     if len(patches) < cfg.batch_size:
         raise UserError(f"{len(patches)} patches are fewer than --batch-size {cfg.batch_size}: lower it, or add images")
     if saved:
@@ -750,8 +759,6 @@ def prepare(cfg: Config, world: int) -> tuple[Patches, dict | None, str]:
         for what, n in {"patches": len(patches), "processes": world}.items():
             if saved[what] != n:
                 note += f"; {saved[what]} {what} then, {n} now: no longer bit for bit the uninterrupted run"
-    for path in files if cfg.resume == "never" else ():  # only now that nothing else is wrong
-        path.unlink(missing_ok=True)
     return patches, saved, note
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -924,9 +931,16 @@ def train(cfg: Config) -> Path:
     if cfg.batch_size % world:
         raise UserError(f"--batch-size {cfg.batch_size} can't be shared by {world} processes: choose a multiple")
     cfg = dataclasses.replace(cfg, data=[os.path.abspath(folder) for folder in cfg.data])
+    judges = []  # rank 0 has one, if --eval-data says of what
+    if cfg.eval_data:
+        from eval import knn_monitor
+        window = cfg.window or ([40, 400] if cfg.augment == "ct" else None)
+        from_rank_0(lambda: judges.append(knn_monitor(cfg.eval_data, cfg.eval_crop, cfg.global_size, window)) or True)
     patches, saved, note = from_rank_0(lambda: prepare(cfg, world))
     floats = torch.float64 if dtype == torch.float64 else torch.float32  # of parameters; autocast lowers products only
     model, loaded = first_networks(dataclasses.replace(cfg, init="") if saved else cfg)
+    for name in RUN if cfg.resume == "never" and rank == 0 else ():  # only now that nothing else is wrong
+        Path(cfg.out, name).unlink(missing_ok=True)
     vit = model.student["backbone"]
     model.to(device, floats)
     optimizer = make_optimizer(cfg, model.student)
@@ -936,7 +950,8 @@ def train(cfg: Config) -> Path:
              "optimizer": optimizer, "scaler": scaler}  # fmt: skip
     step, elapsed, best = 0, 0.0, -1.0
     if saved:
-        step, elapsed, best = saved["step"], saved["elapsed"], saved.get("best", best)
+        step, elapsed, was = saved["step"], saved["elapsed"], saved["config"]
+        best = saved["best"] if (was["eval_data"], was["eval_crop"]) == (cfg.eval_data, cfg.eval_crop) else best
         for name in parts:
             if saved[name]:  # a scaler that is off leaves nothing to load
                 parts[name].load_state_dict(saved[name])
@@ -954,12 +969,6 @@ def train(cfg: Config) -> Path:
             state |= dict(step=step, elapsed=elapsed, patches=len(patches), processes=world, skipped=journal.skipped)
             state |= dict(best=best, config=dataclasses.asdict(cfg))
             write_aside(out / "checkpoint.pth", state, keep=out / "previous.pth")
-
-    judges = []  # rank 0 has one, if --eval-data says of what
-    if cfg.eval_data:
-        from eval import knn_monitor
-        given = cfg.eval_data, cfg.eval_crop, cfg.global_size, cfg.window
-        from_rank_0(lambda: judges.append(knn_monitor(*given)) or True)
 
     def look(step: int) -> dict[str, float]:
         nonlocal best, began, since
@@ -981,13 +990,12 @@ def train(cfg: Config) -> Path:
     ideal = step_flops(cfg, model) / world / matmul_rate(device, dtype)  # seconds a step, were it all matrix products
     faults, bad_in_a_row, waited, began = {}, 0, 0.0, time.monotonic() - elapsed
     since, since_step = time.monotonic(), step
-    if judges and not saved:
-        journal.step({"step": -1, **look(0)})
 
     workers = cfg.workers if cfg.workers >= 0 else min(cores(), 16) if device.type == "cuda" else 1
     loader = batches(cfg, patches, step, vit.patch_size, rank, world, workers, pin=device.type == "cuda")
     with interrupts() as caught, contextlib.closing(loader):
         while (done := elapsed / 60 / cfg.minutes if cfg.minutes else step / cfg.iters) < 1:
+            found = look(step) if judges and step % cfg.eval_every == 0 else {}
             # --- a batch
             waiting = time.monotonic()
             *views, masks, indices, new_faults = next(loader)
@@ -1036,7 +1044,6 @@ def train(cfg: Config) -> Path:
             # --- write down
             last = stop or bad_in_a_row == 3 or (elapsed / 60 >= cfg.minutes if cfg.minutes else step + 1 >= cfg.iters)
             signs = watch.signs() if (step + 1) % cfg.log_every == 0 or last else {}
-            found = look(step + 1) if judges and ((step + 1) % cfg.eval_every == 0 or last) else {}
             journal.step({"step": step, **numbers, **now, **signs, **found, "skipped": not finite})
             step += 1
             if step % cfg.log_every == 0 or last:
@@ -1063,6 +1070,8 @@ def train(cfg: Config) -> Path:
     if rank == 0:
         write_aside(out / "backbone.pth", model.teacher["backbone"].state_dict())
         journal.say(f"done: {out / 'backbone.pth'} holds the teacher's backbone")
+        if judges:
+            journal.step({"step": step, **look(step)})
     return out / "backbone.pth"
 
 def demo(cfg: Config):
@@ -1077,8 +1086,7 @@ def demo(cfg: Config):
         return [smears.draw(out / "seen", 160, 2 * cfg.seed), smears.draw(out / "unseen", 60, 2 * cfg.seed + 1)]
 
     seen, unseen = from_rank_0(draw)
-    # What is drawn tells every class by shape alone; in batches of one smear each, stain is no way out.
-    backbone = train(dataclasses.replace(cfg, data=[str(Path(seen).parent)], mix=cfg.mix or 1))
+    backbone = train(dataclasses.replace(cfg, data=[str(Path(seen).parent)]))
     if rank == 0:
         write_aside(untrained, first_networks(cfg)[0].teacher["backbone"].state_dict())
         weights = {"pixels": "pixels", "colour": "colour", "before training": untrained, "after training": backbone}

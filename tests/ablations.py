@@ -40,7 +40,7 @@ RUNS = {
     "moving-average centering": dict(centering="moving-average"),
     "32 transforms": dict(augment="reddino", transforms=4),
     "DINOv2's transforms": dict(augment="dinov2"),
-    "224-pixel patches": dict(patch_size=224, global_size=64),
+    "224-pixel patches": dict(patch_size=224, global_size=64),  # smaller cells than those scored: enlarged from 80
     "single cells": dict(data="cells"),
     "4 local views": dict(local_crops=4, local_scale=0.2),
     "no patch-token loss": dict(ibot=0),
@@ -64,7 +64,7 @@ def prepare(chula: Path, out: Path) -> dict[str, Path]:
         rows = [row for row in csv.DictReader(file) if row["label"] != "uncategorised"]
     for n, row in enumerate(rows):  # cut as eval.py cuts them; their labels are not used
         if block(row["image"]) != NEVER_SEEN:
-            x, y = (int(float(row[k])) for k in "xy")
+            x, y = np.rint([float(row[k]) for k in "xy"]).astype(int)
             pixels = np.pad(read_image(str(chula / row["image"])), ((40, 40), (40, 40), (0, 0)), mode="edge")
             Image.fromarray(pixels[y:y + 80, x:x + 80]).save(folders["cells"] / f"{n:05d}.png")
     with open(out / "cells.part", "w", newline="") as file:
@@ -88,20 +88,22 @@ def score(weights: str, size: int, cells: ev.Cells, parts: list) -> dict:
         found[name] = {"weighted_f1": round(float(f1), 4), "guess": "".join(chr(97 + g) for g in guess)}
     return found
 
-def train(name: str, seed: int, minutes: float, folders: dict, out: Path, core: int) -> dict:
-    """One run on one core, or the rest of it: its recipe, its last step, its backbone's scores."""
+def train(name: str, seed: int, minutes: float, folders: dict, out: Path) -> dict:
+    """One run, or the rest of it: its recipe, its last step, where its backbone is."""
     options = dict(RUNS[name])
-    data, folder = folders[options.pop("data", "smears")], out / f"{name.replace(' ', '-')}-{seed}"
+    data, folder = folders[options.pop("data", "smears")], out / f"{name.replace(' ', '-')}-{minutes}-{seed}"
     command = [sys.executable, ROOT / "reddino.py", "--data", data, "--out", folder, "--arch", "nano", "--minutes",
                minutes, "--seed", seed, "--workers", 0, "--log-every", 100, "--device", "cpu"]
     command += [word for k, v in options.items() for word in ("--" + k.replace("_", "-"), v)]
     run = subprocess.run(list(map(str, command)), env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
-                         text=True, preexec_fn=lambda: os.sched_setaffinity(0, {core}))
+                         text=True)
     if run.returncode:
         raise RuntimeError(f"{name}, seed {seed}: {(run.stderr.strip() or 'without a word').splitlines()[-1]}")
-    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-    return dict(run=name, seed=seed, minutes=minutes, options=options, steps=last["step"] + 1,
-                dino=round(last["dino"], 3), rank=round(last.get("rank", 0), 1), weights=str(folder / "backbone.pth"))
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rank = [step["rank"] for step in steps if step.get("rank")]
+    return dict(run=name, seed=seed, minutes=minutes, options=options, steps=len(steps),
+                dino=round(np.mean([step["dino"] or np.nan for step in steps[-20:]]), 3),
+                rank=round(rank[-1], 1) if rank else None, weights=str(folder / "backbone.pth"))
 
 def table(lines: list[dict], cells: ev.Cells, test: np.ndarray):
     """Each run's mean and spread over seeds, and the mean difference from nano, with an interval over smears."""
@@ -146,6 +148,7 @@ def main():
     done = [json.loads(line) for line in LINES.read_text().splitlines()] if LINES.exists() else []
     if args.table:
         return table(done, cells, parts[0][1])
+    torch.set_num_threads(1)
     cores, lock = sorted(os.sched_getaffinity(0))[:args.jobs], threading.Lock()
 
     def write(line: dict):
@@ -155,28 +158,35 @@ def main():
         f1 = [f"{how} {line[how]['weighted_f1']:.3f}" for how in ("20-NN", "linear")]
         print(*(line.get(k, "") for k in ("run", "seed", "steps")), *f1, flush=True)
 
-    there = {(line["run"], line["seed"]) for line in done}
-    for name in {"pixels", "colour"} - {run for run, _ in there}:
+    there = {(line["run"], line["seed"], line.get("minutes", args.minutes)) for line in done}
+    for name in {"pixels", "colour"} - {run for run, *_ in there}:
         write(dict(run=name, seed=0) | score(name, None, cells, parts))
     for seed in args.seeds:
-        if ("untrained", seed) not in there:
+        if ("untrained", seed, args.minutes) not in there:
             model, _ = reddino.first_networks(reddino.configure(arch="nano", seed=seed))
             torch.save(model.teacher["backbone"].state_dict(), args.out / "untrained.pth")
             write(dict(run="untrained", seed=seed) | score(str(args.out / "untrained.pth"), None, cells, parts))
 
     def job(what):
-        core = cores.pop()
+        with lock:
+            core = cores.pop()
+        os.sched_setaffinity(0, {core})  # of this thread, and of the training that it starts
         try:
-            line = train(*what, args.minutes, folders, args.out, core)
+            line = train(*what, args.minutes, folders, args.out)
+            line |= score(line["weights"], None, cells, parts)
             with lock:
-                write(line | score(line["weights"], None, cells, parts))
+                write(line)
         finally:
             cores.append(core)
 
-    with ThreadPoolExecutor(args.jobs) as pool:
-        todo = [(name, seed) for seed in args.seeds for name in args.runs if (name, seed) not in there]
-        for finished in [pool.submit(job, what) for what in todo]:
-            finished.result()
+    with ThreadPoolExecutor(len(cores)) as pool:
+        todo = [(name, seed) for seed in args.seeds for name in args.runs if (name, seed, args.minutes) not in there]
+        try:
+            for finished in [pool.submit(job, what) for what in todo]:
+                finished.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 if __name__ == "__main__":
     main()

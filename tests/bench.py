@@ -17,6 +17,7 @@ what it took; its peak memory is its own. A ratio is between neighbours in time;
 """
 import argparse
 import contextlib
+import functools
 import json
 import operator
 import os
@@ -144,12 +145,14 @@ def train_step(arch, prototypes, local_crops, batch, device):
         reddino.apply_schedules(optimizer, now)
         optimizer.zero_grad(set_to_none=True)
         views, loss = (augment.normalise(v, device, torch.float32) for v in (globals_, locals_)), 0.0
-        with torch.autocast(device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
+        autocast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
+        with autocast():
             lessons = model.teach(*views, masks, now["teacher_temp"])
-            while lessons:
+        while lessons:
+            with autocast():
                 terms = sum(model(*lessons.pop(0)).values())
-                terms.backward()
-                loss += terms.detach()
+            terms.backward()
+            loss += terms.detach()
         for part in model.student.values():
             nn.utils.clip_grad_norm_(part.parameters(), cfg.clip)
         optimizer.step()

@@ -94,7 +94,7 @@ def metrics(out):
 
 def losses(out):
     """What must be the same in a resumed run, step by step; each step must be there once."""
-    steps = [s for s in metrics(out) if s["step"] >= 0]  # -1: a look at the features before the first
+    steps = [s for s in metrics(out) if "loss" in s]  # the last line may be a look at the features alone
     assert [s["step"] for s in steps] == list(range(len(steps)))
     return [{k: s[k] for k in ("loss", "dino", "ibot", "koleo", "lr") if k in s} for s in steps]
 
@@ -285,23 +285,29 @@ def test_features_are_scored_meanwhile_and_the_best_teacher_is_kept(images, tabl
     more = dict(eval_data=tables, eval_every=2, eval_crop=16, lr=0.05)
     go(images, tmp_path / "whole", **more)
     found = {s["step"]: (s["knn"], s["knn1"]) for s in metrics(tmp_path / "whole") if "knn" in s}
-    assert list(found) == [-1, 1, 3, 5, 7, 9]  # before the first, and after every second
+    assert list(found) == [0, 2, 4, 6, 8, 10]  # before every second, and at the end
     table = evaluate(tables[0], {"last": tmp_path / "whole/backbone.pth", "best": tmp_path / "whole/best.pth"}, ["knn"],
                      crop=16, size=32, device="cpu", log=lambda text: None)  # fmt: skip
     judged = {row["weights"]: row["weighted_f1"] for row in table["rows"] if row["protocol"] == "20-NN"}
-    assert judged["last"] == pytest.approx(found[9][0]) and judged["best"] == pytest.approx(max(found.values())[0])
+    assert judged["last"] == pytest.approx(found[10][0]) and judged["best"] == pytest.approx(max(found.values())[0])
     said = capsys.readouterr().out
     assert all(f"20-NN weighted F1 {100 * a:.1f} {100 * b:.1f}" in said for a, b in found.values())
 
     cut(monkeypatch, 5, images, tmp_path / "cut", **more)
+    cut(monkeypatch, 1, images, tmp_path / "cut", **more)  # the step 7
     go(images, tmp_path / "cut", **more)
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    assert len(metrics(tmp_path / "cut")) == 11
     assert_same(*(torch.load(tmp_path / f / "best.pth", weights_only=True) for f in ("whole", "cut")))
-    go(images, tmp_path / "without")  # looking changes nothing
-    assert losses(tmp_path / "without") != losses(tmp_path / "whole")  # another lr
-    go(images, tmp_path / "blind", lr=0.05)
+    go(images, tmp_path / "blind", lr=0.05)  # looking changes nothing
     assert_same_run(tmp_path / "whole", tmp_path / "blind")
-    assert "none.csv can't be read" in main(capsys, options(images, tmp_path / "none", eval_data=["none.csv"]))
+
+    best = checkpoint(tmp_path / "whole")["best"]
+    go(images, tmp_path / "whole", **more | dict(eval_data=tables[::-1], iters=11))  # the best of another table
+    assert best > 0 and checkpoint(tmp_path / "whole")["best"] == metrics(tmp_path / "whole")[10]["knn"] != best
+    again = dict(resume="never", overwrite=True, eval_data=["none.csv"])
+    assert "none.csv can't be read" in main(capsys, options(images, tmp_path / "whole", **again))
+    assert (tmp_path / "whole/checkpoint.pth").exists() and (tmp_path / "whole/best.pth").exists()
 
 
 def test_a_frozen_backbone_waits_for_its_heads(images, tmp_path, monkeypatch):
