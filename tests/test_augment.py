@@ -1035,3 +1035,12 @@ def test_real_smears(corpus):
     assert len(p) == 9 * len(p.files) and not p.skipped  # 640 x 480 each
     global_views, local_views = MultiCrop()(p[len(p) // 2], sample_rng(0, 0, 0))
     assert global_views.std() > 1 and local_views.shape == (1, 3, 98, 98)
+
+
+@pytest.mark.parametrize("window", [["40", "0"], ["40", "-400"], ["40", "inf"], ["nan", "400"]])
+def test_a_window_that_is_none(window, tmp_path, monkeypatch, capsys):
+    np.save(tmp_path / "0.npy", np.zeros((64, 64), np.int16))
+    monkeypatch.setattr("sys.argv", ["augment.py", str(tmp_path / "0.npy"), "--augment", "ct", "--window", *window])
+    with pytest.raises(SystemExit) as stop:
+        augment.main()
+    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1

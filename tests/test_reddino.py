@@ -914,3 +914,8 @@ def test_no_traceback_on_stderr(tmp_path):
                           "--out", str(tmp_path / "out")], capture_output=True, text=True)  # fmt: skip
     assert run.returncode == 2 and "nowhere" in run.stderr
     assert run.stderr.startswith("reddino.py: error: ") and run.stderr.count("\n") == 1
+
+
+def test_the_demo_draws_its_batches_from_one_smear_unless_told_otherwise():
+    assert reddino.parse_args([]).mix == 1 and reddino.parse_args(["--mix", "0"]).mix == 0
+    assert reddino.parse_args(["--data", "smears", "--arch", "nano"]).mix == 0

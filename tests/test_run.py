@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -507,7 +508,13 @@ def test_before_any_work(images, tmp_path, capsys):
         (dict(data=[str(images / "a"), str(images / "a")]), "twice"),
         (dict(init=str(tmp_path / "none.pth")), "none.pth"),
         (dict(global_size=33), "33"),
+        (dict(local_size=40), "--local-size"),
+        (dict(window=[40, 0]), "--window"),
+        (dict(window=[math.nan, 400]), "--window"),
+        (dict(data=[str(tmp_path / "slices")], augment="mri", batch_size=1), "--window"),  # HU, and no window
     ]
+    (tmp_path / "slices").mkdir()
+    np.save(tmp_path / "slices" / "0.npy", np.random.default_rng(0).integers(-1000, 1000, (64, 64), np.int16))
     if not torch.cuda.is_available():
         cases.append((dict(device="cuda"), "cuda"))
     for change, word in cases:
