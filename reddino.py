@@ -565,9 +565,9 @@ class DINO(nn.Module):
         """The teacher looks at a batch: out come lessons for the student, each the arguments of `forward`.
 
         global_views [G*B, 3, H, W] and local_views [L*B, 3, h, w], normalised, view after view; masks bool [G*B, N].
-        A lesson is one global view of every image (both, if small: then it's the number of operations that takes time)
-        or as many local ones as have no more pixels. The loop takes the gradient of each before the next begins, so
-        that memory holds the activations of one, not of all.
+        A lesson is a global view of half the images (of all where KoLeo compares them; both views, if small: then it's
+        the number of operations that takes time) or as many local ones as have no more pixels. The loop takes the
+        gradient of each before the next begins, so that memory holds the activations of one, not of all.
         """
         cfg, teacher, B = self.cfg, self.teacher, len(global_views) // 2
         cls, patches = teacher["backbone"].forward_features(global_views)  # [2B, D], [2B, N, D]
@@ -581,7 +581,7 @@ class DINO(nn.Module):
         # Class tokens: every student view against both teacher views, but a global one not against itself. RedDino:
         # 1 local view for DINOv2's 8. The loss is linear in the targets, so those of both views are added up. Global
         # views come last: they use every parameter, which is what DistributedDataParallel waits for.
-        parts = 1 if global_views.numel() < self.SMALL else 2
+        parts = 1 if global_views.numel() < self.SMALL else 2 if cfg.koleo else 4
         n = math.ceil(cfg.local_crops * (cfg.local_size / cfg.global_size) ** 2 * parts / 2)
         local = [torch.cat(local_views.split(B)[k::n]) for k in range(n)]
         lessons = [(views, None, (first + second).repeat(len(views) // B, 1), None) for views in local]
