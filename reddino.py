@@ -575,8 +575,8 @@ class DINO(nn.Module):
         first, second = self.targets(logits, teacher_temp, "cls").chunk(2)  # [B, K] of each view
         entropy = cross_entropy(logits, F.softmax(widen(logits) / teacher_temp, dim=-1), teacher_temp).mean()
         self.signs = {"cls": cls, "nearest": logits.argmax(-1), "entropy": entropy}
-        hidden = patches.flatten(0, 1)[masks.flatten().nonzero().squeeze(1).to(patches.device)]  # [M, D]
-        patch_targets = self.targets(teacher[self.patch_head](hidden), teacher_temp, "patch")  # [M, K]
+        hidden = masks.to(cls.device)
+        patch_targets = self.targets(teacher[self.patch_head](patches[hidden]), teacher_temp, "patch")  # [M, K]
 
         # Class tokens: every student view against both teacher views, but a global one not against itself. RedDino:
         # 1 local view for DINOv2's 8. The loss is linear in the targets, so those of both views are added up. Global
@@ -586,7 +586,7 @@ class DINO(nn.Module):
         local = [torch.cat(local_views.split(B)[k::n]) for k in range(n)]
         lessons = [(views, None, (first + second).repeat(len(views) // B, 1), None) for views in local]
         masked = [int(m.sum()) for m in masks.chunk(parts)]
-        return lessons + list(zip(global_views.chunk(parts), masks.to(cls.device).chunk(parts),
+        return lessons + list(zip(global_views.chunk(parts), hidden.chunk(parts),
                                   torch.cat([second, first]).chunk(parts), patch_targets.split(masked)))  # fmt: skip
 
     def forward(self, views: Tensor, masks: Tensor | None, targets: Tensor, patch_targets: Tensor | None):

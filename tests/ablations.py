@@ -107,15 +107,10 @@ def train(name: str, seed: int, minutes: float, folders: dict, out: Path) -> dic
 
 def table(lines: list[dict], cells: ev.Cells, test: np.ndarray):
     """Each run's mean and spread over seeds, and the mean difference from nano, with an interval over smears."""
-    truth, n = cells.label[test], len(cells.classes)
-    smears = np.unique(cells.group[test], return_inverse=True)[1]
-    times = ev.bootstrap(smears.max() + 1, 0)  # [1 + replicates, smears]
-
-    def again(line, how):  # weighted F1 of each replicate
+    def again(line, how):  # weighted F1, and of each replicate: [1 + replicates]
         guess = np.array([ord(c) - 97 for c in line[how]["guess"]])
-        counts = np.zeros((smears.max() + 1, n * n), np.float32)
-        np.add.at(counts, (smears, truth * n + guess), 1)
-        return 100 * ev.scores((times @ counts).astype(float).reshape(-1, n, n))["weighted_f1"]
+        judged = ev.judge(cells.label[test], np.eye(len(cells.classes))[guess], cells.group[test])
+        return 100 * judged["again"]["weighted_f1"]
 
     print("| run | seeds | steps | dino | 20-NN | minus nano | linear probe | minus nano |\n" + "|---" * 8 + "|")
     runs = {name: [line for line in lines if line["run"] == name] for name in dict.fromkeys(x["run"] for x in lines)}
