@@ -3,11 +3,13 @@
     python tests/ablations.py --chula CHULA               every run that tests/ablations.jsonl lacks, one by one
     python tests/ablations.py --chula CHULA --jobs 2      two at a time, a core each
     python tests/ablations.py --chula CHULA --table       what is there, as a table
+    python tests/ablations.py --chula CHULA --few out/backbone.pth      what it and labels are worth: see few
 
 CHULA holds smears/NNN.jpg and cells.csv (image,x,y,label). A run trains `nano` from scratch for --minutes on one core
 and is scored once: fit on the labels of the smears that it was trained on, asked on a block of smears that neither
-training nor the choice of any recipe has seen. It can be stopped at any moment; the same command goes on, within a run
-too. Each finished run is a line of ablations.jsonl with its guess for each cell asked, for the paired intervals.
+training nor the choice of any recipe has seen. Minutes are those that the core has worked for the run: what else the
+machine does takes none away. It can be stopped at any moment; the same command goes on, within a run too. Each finished
+run is a line of ablations.jsonl with its guess for each cell asked, for the paired intervals.
 """
 import argparse
 import csv
@@ -22,7 +24,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from torchvision.transforms import v2
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -92,11 +96,12 @@ def train(name: str, seed: int, minutes: float, folders: dict, out: Path) -> dic
     """One run, or the rest of it: its recipe, its last step, where its backbone is."""
     options = dict(RUNS[name])
     data, folder = folders[options.pop("data", "smears")], out / f"{name.replace(' ', '-')}-{minutes}-{seed}"
-    command = [sys.executable, ROOT / "reddino.py", "--data", data, "--out", folder, "--arch", "nano", "--minutes",
-               minutes, "--seed", seed, "--workers", 0, "--log-every", 100, "--device", "cpu"]
+    command = [sys.executable, "-c", "import time; time.monotonic = time.process_time; import reddino; reddino.main()",
+               "--data", data, "--out", folder, "--arch", "nano", "--minutes", minutes, "--seed", seed, "--workers", 0,
+               "--log-every", 100, "--device", "cpu"]
     command += [word for k, v in options.items() for word in ("--" + k.replace("_", "-"), v)]
-    run = subprocess.run(list(map(str, command)), env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
-                         text=True)
+    run = subprocess.run(list(map(str, command)), cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                         capture_output=True, text=True)
     if run.returncode:
         raise RuntimeError(f"{name}, seed {seed}: {(run.stderr.strip() or 'without a word').splitlines()[-1]}")
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -127,6 +132,49 @@ def table(lines: list[dict], cells: ev.Cells, test: np.ndarray):
             row.append("{:.1f} [{:.1f}, {:.1f}]".format(gap[0], *ends) if gaps else "")
         print("| " + " | ".join(map(str, row)) + " |")
 
+def supervised(x: torch.Tensor, y: torch.Tensor, test_x: torch.Tensor, classes: int, seed: int, steps: int):
+    """What a nano says that learns from labels alone: crops [n, 3, 80, 80], their classes, crops asked; int [m]."""
+    torch.manual_seed(seed)
+    net = torch.nn.Sequential(reddino.build_vit("nano", 32, layerscale=1.0), torch.nn.Linear(128, classes))
+    vary = v2.Compose([v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(), v2.ColorJitter(0.2, 0.2)])
+    optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.1)
+
+    def small(images):
+        return ev.network_input(images, (32, 32), torch.device("cpu"))
+
+    for _ in range(steps):
+        some = torch.randint(len(x), (64,))
+        loss = F.cross_entropy(net(small(torch.stack([*map(vary, x[some])]))), y[some])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    with torch.inference_mode():
+        return torch.cat([net.eval()(small(part)).argmax(1) for part in test_x.split(256)]).numpy()
+
+def few(weights: list[str], cells: ev.Cells, train: np.ndarray, test: np.ndarray):
+    """Prints the weighted F1 on the smears never seen that comes of the labels of 10 cells a class (mean and deviation
+    of three draws), and of all: by a nano that learns from labels alone, and by linear probes on what backbones say."""
+    crops, y, n = torch.cat(list(ev.crops_of(cells, 80, 80))), torch.from_numpy(cells.label), len(cells.classes)
+    features = {w: ev.extract_features(ev.load_backbone(w, None, "cpu"), crops) for w in weights}
+
+    def f1(guess):
+        return 100 * float(ev.scores(ev.confusion(cells.label[test], guess, n))["weighted_f1"])
+
+    by = {"supervised": [f1(supervised(crops[train], y[train], crops[test], n, 0, 3000))]}
+    for w, x in features.items():
+        by[w] = [f1(ev.tuned_probe(x[train], y[train], x[test], cells.group[train], n).argmax(1).numpy())]
+    for seed in range(3):
+        drawn = np.random.default_rng(seed).permutation(train)
+        ten = np.concatenate([drawn[cells.label[drawn] == c][:10] for c in range(n)])
+        by["supervised"].append(f1(supervised(crops[ten], y[ten], crops[test], n, seed, 500)))
+        for w, x in features.items():
+            by[w].append(f1(ev.linear_probe(x[ten], y[ten], x[test], ev.FEWSHOT_L2, n).argmax(1).numpy()))
+    print("| | 10 labels a class | all labels |\n|---|---|---|")
+    for name, (of_all, *of_ten) in by.items():
+        print(f"| {name} | {np.mean(of_ten):.1f} ± {np.std(of_ten, ddof=1):.1f} | {of_all:.1f} |")
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chula", type=Path, required=True)
@@ -136,7 +184,9 @@ def main():
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a core each")
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--few", nargs="+", metavar="WEIGHTS", help="what backbones and labels are worth")
     args = parser.parse_args()
+    args.out = args.out.resolve()
     folders = prepare(args.chula, args.out)
     cells = ev.read_cells(str(folders["table"]))
     parts = ev.make_splits(cells, 5, 0, lambda text: None)["the CSV's split"]
@@ -144,6 +194,8 @@ def main():
     if args.table:
         return table(done, cells, parts[0][1])
     torch.set_num_threads(1)
+    if args.few:
+        return few(args.few, cells, *parts[0])
     cores, lock = sorted(os.sched_getaffinity(0))[:args.jobs], threading.Lock()
 
     def write(line: dict):
