@@ -22,7 +22,6 @@ G = 2 global views each, L local views each, N patch tokens a view, D dimensions
 
 import argparse
 import contextlib
-import ctypes
 import dataclasses
 import datetime
 import json
@@ -41,6 +40,11 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+
+# On a CPU: large tensors in pages of 2 MB, or Linux would stop a step of ViT-S 850,000 times to hand out another 4 KB;
+# and 128 kernels kept for shapes seen, where 1,024 would come to fill 0.5 GB. Both are read by torch when it starts.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -203,7 +207,7 @@ def resize_pos_embed(pos: Tensor, height: int, width: int, registers: int = 0) -
     size = dict(scale_factor=((height + 0.1) / n, (width + 0.1) / n))  # the factors themselves are what is used
     if registers:
         size = dict(size=(height, width), antialias=True)
-    grid = pos[:, 1:].float().reshape(1, n, n, -1).permute(0, 3, 1, 2)  # [1, D, n, n]
+    grid = widen(pos[:, 1:]).reshape(1, n, n, -1).permute(0, 3, 1, 2)  # [1, D, n, n]
     grid = F.interpolate(grid, mode="bicubic", **size)
     grid = grid.flatten(2).transpose(1, 2).to(pos.dtype)  # [1, height*width, D]
     return torch.cat([pos[:, :1], grid], dim=1)
@@ -212,14 +216,52 @@ def resize_pos_embed(pos: Tensor, height: int, width: int, registers: int = 0) -
 # The transformer: x + attention(norm(x)), then x + mlp(norm(x)), `depth` times. Parameter names are those of DINOv2's
 # checkpoints, so that its published weights load as they are.
 
+MKL_IS_SLOW = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512" and (
+    sys.platform == "linux" and "AuthenticAMD" in Path("/proc/cpuinfo").read_text())
+
+class Product(torch.autograd.Function):
+    """x @ weight.T + bias in float32 by oneDNN. PyTorch has it on board but asks MKL, which uses half of an AMD
+    processor's AVX-512 (two cores of a Zen 5: 220 GFLOP/s, oneDNN 480): a step of ViT-S in 5 s instead of 7.7."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return Product.onednn(x, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad = grad.contiguous()
+        rows = grad.flatten(0, -2)
+        d_weight, d_bias = Product.onednn(rows.T, x.flatten(0, -2).T), rows.sum(0) if ctx.needs_input_grad[2] else None
+        return Product.onednn(grad, weight.T), d_weight, d_bias
+
+    @staticmethod
+    def onednn(x, weight, bias=None):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear, [*, I] and [O, I] (and [O]) to [*, O], by whoever is faster."""
+    cpu = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if MKL_IS_SLOW and cpu and x.numel():
+        return Product.apply(x.contiguous(), weight, bias)
+    return F.linear(x, weight, bias)
+
+class Linear(nn.Linear):
+    """nn.Linear by `product`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return product(x, self.weight, self.bias)
+
 class Attention(nn.Module):
     """Multi-head self-attention. PyTorch's fused kernel does what DINOv2 needs xFormers for."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         B, N, D = x.shape
@@ -229,7 +271,7 @@ class Attention(nn.Module):
 
 def Mlp(dim: int) -> nn.Module:
     """The usual feed-forward: 4x wider inside, GELU."""
-    return nn.Sequential(OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
+    return nn.Sequential(OrderedDict(fc1=Linear(dim, 4 * dim), act=nn.GELU(), fc2=Linear(4 * dim, dim)))
 
 class SwiGLU(nn.Module):
     """The giant's gated feed-forward (Shazeer 2020): hidden 4 x D x 2/3 rounded up to 8, so about Mlp's parameters."""
@@ -237,8 +279,8 @@ class SwiGLU(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         hidden = (int(4 * dim * 2 / 3) + 7) // 8 * 8
-        self.w12 = nn.Linear(dim, 2 * hidden)
-        self.w3 = nn.Linear(hidden, dim)
+        self.w12 = Linear(dim, 2 * hidden)
+        self.w3 = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.w12(x).chunk(2, dim=-1)
@@ -373,15 +415,15 @@ class Prototypes(nn.Module):
         return torch._weight_norm(self.weight_v, self.weight_g)  # [K, D]; fused: no v / |v| is kept for backward
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.vectors())
+        return product(x, self.vectors())
 
 class DINOHead(nn.Module):
     """Tokens [*, D] to logits over prototypes [*, K]: 3-layer MLP, l2-normalised bottleneck, prototypes."""
 
     def __init__(self, dim: int, prototypes: int, hidden: int = 2048, bottleneck: int = 256):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(),
-                                 nn.Linear(hidden, bottleneck))  # fmt: skip
+        self.mlp = nn.Sequential(Linear(dim, hidden), nn.GELU(), Linear(hidden, hidden), nn.GELU(),
+                                 Linear(hidden, bottleneck))  # fmt: skip
         self.apply(init_linear)
         self.last_layer = Prototypes(bottleneck, prototypes)
 
@@ -496,38 +538,34 @@ def koleo_loss(x: Tensor, eps: float = 1e-8) -> Tensor:
         nearest = cosine.argmax(dim=1)
     return -(x - everyone[nearest]).norm(dim=-1).clamp_min(eps).log().mean()
 
-class ByRows(torch.autograd.Function):
-    """loss(tokens @ prototypes.T, *others): [R, D], [K, D] and whatever else has R rows to a scalar, a sum over rows.
+class ByRows:
+    """A head and its loss a few rows at a time, gradient included.
 
-    At K = 131,072 the logits, their softmax and their gradient would outweigh all else in memory. Here they exist for
-    a few rows at a time: the gradient is taken at once, and what stays is that of tokens and prototypes.
+    At K = 131,072 the logits of a lesson, their softmax and their gradient would outweigh all else in memory. Here they
+    exist for a few rows: backward begins at once. What stays is the gradient of the bottleneck, from where it goes on,
+    and that of the prototypes, normalised once a step, which adds up in place until the step's last lesson.
     """
 
-    SCALE = 1024.0  # a power of two costs no precision, and keeps small gradients from becoming 0 in float16
+    def __init__(self, head: DINOHead, numbers: int | None = None):
+        self.head, self.prototypes = head, head.last_layer.vectors()  # [K, D]
+        self.gradient = torch.zeros_like(self.prototypes)
+        numbers = numbers or 2 ** (22 if self.gradient.device.type == "cpu" else 26)  # a GPU needs more to be busy
+        self.rows = max(numbers // len(self.prototypes), 1)  # on a CPU their logits take 16 MB
 
-    @staticmethod
-    def forward(ctx, loss, tokens, prototypes, *others):
-        total, d_tokens, d_prototypes = [], [], torch.zeros_like(prototypes)
-        few = 64 if tokens.device.type == "cpu" else 1024  # a GPU needs more to be busy
-        for x, *rows in zip(*(t.split(few) for t in (tokens, *others))):
-            with torch.enable_grad():
-                logits = F.linear(x, prototypes).detach().requires_grad_()
-                part = loss(logits, *rows)
-                (d_logits,) = torch.autograd.grad(ByRows.SCALE * part, logits)
-            total.append(part.detach())
-            d_tokens.append(d_logits @ prototypes)
-            d_prototypes += d_logits.T @ x
-        ctx.save_for_backward(torch.cat(d_tokens).to(tokens), d_prototypes)
-        return torch.stack(total).sum()
-
-    @staticmethod
-    def backward(ctx, d_total):
-        d_tokens, d_prototypes = (d_total / ByRows.SCALE * d for d in ctx.saved_tensors)
-        return None, d_tokens, d_prototypes, *[None] * (len(ctx.needs_input_grad) - 3)
-
-def by_rows(loss, head: DINOHead, tokens: Tensor, *others: Tensor) -> Tensor:
-    """loss(head(tokens), *others), where loss is a sum over rows: see ByRows."""
-    return ByRows.apply(loss, head.bottleneck(tokens), head.last_layer.vectors(), *others)
+    def __call__(self, loss, tokens: Tensor, *others: Tensor, scale: float | Tensor = 1.0) -> tuple[Tensor, tuple]:
+        """loss(head(tokens), *others), a sum over rows, of which others have as many as tokens: its value, and for
+        torch.autograd.backward the tensor to go on from and its gradient, times scale (float16's, lest it become 0)."""
+        x, prototypes, values, gradients = self.head.bottleneck(tokens), self.prototypes.detach(), [], []
+        for z, *rows in zip(*(t.split(self.rows) for t in (x.detach(), *others))):
+            logits = product(z, prototypes).requires_grad_()
+            value = loss(logits, *rows)
+            (gradient,) = torch.autograd.grad(scale * value, logits)
+            if gradient.dtype == self.gradient.dtype:
+                self.gradient.addmm_(gradient.T, z)
+            else:  # autocast
+                self.gradient += gradient.T @ z
+            values.append(value.detach()), gradients.append(product(gradient, prototypes.T))
+        return torch.stack(values).sum(), (x, torch.cat(gradients).to(x))
 
 # ----------------------------------------------------------------------------------------------------------------------
 # One training step: student and teacher look at a batch, and out come the losses by name.
@@ -547,7 +585,7 @@ class DINO(nn.Module):
         if cfg.centering == "moving-average":  # class and patch tokens have different means
             self.centers.update({name: MovingAverage(cfg.prototypes) for name in ("cls", "patch")})
         self.patch_head = "ibot_head" if cfg.separate_heads else "dino_head"  # RedDino: one for both, DINOv2's default
-        self.signs = {}  # what the loop watches for collapse
+        self.signs, self.heads = {}, {}  # what the loop watches for collapse; ByRows of the student's, made each step
 
     @staticmethod
     def network(cfg: Config, **options) -> nn.ModuleDict:
@@ -569,7 +607,7 @@ class DINO(nn.Module):
         the number of operations that takes time) or as many local ones as have no more pixels. The loop takes the
         gradient of each before the next begins, so that memory holds the activations of one, not of all.
         """
-        cfg, teacher, B = self.cfg, self.teacher, len(global_views) // 2
+        cfg, teacher, B, self.heads = self.cfg, self.teacher, len(global_views) // 2, {}
         cls, patches = teacher["backbone"].forward_features(global_views)  # [2B, D], [2B, N, D]
         logits = teacher["dino_head"](cls)  # [2B, K]
         first, second = self.targets(logits, teacher_temp, "cls").chunk(2)  # [B, K] of each view
@@ -586,12 +624,17 @@ class DINO(nn.Module):
         local = [torch.cat(local_views.split(B)[k::n]) for k in range(n)]
         lessons = [(views, None, (first + second).repeat(len(views) // B, 1), None) for views in local]
         masked = [int(m.sum()) for m in masks.chunk(parts)]
-        return lessons + list(zip(global_views.chunk(parts), hidden.chunk(parts),
-                                  torch.cat([second, first]).chunk(parts), patch_targets.split(masked)))  # fmt: skip
+        lessons += zip(global_views.chunk(parts), hidden.chunk(parts), torch.cat([second, first]).chunk(parts),
+                       patch_targets.split(masked))  # fmt: skip
+        with torch.enable_grad():
+            self.heads = {name: ByRows(head) for name, head in self.student.items() if name != "backbone"}
+        return [(*lesson, n == len(lessons)) for n, lesson in enumerate(lessons, 1)]
 
-    def forward(self, views: Tensor, masks: Tensor | None, targets: Tensor, patch_targets: Tensor | None):
-        """The student's losses in one lesson by name, dict[str, Tensor []], weighted; summed over a step's lessons they
-        are what is minimised. views [R, 3, h, w], targets [R, K]; of a global view masks [R, N], patch_targets [M, K].
+    def forward(self, views: Tensor, masks: Tensor | None, targets: Tensor, patch_targets: Tensor | None, last: bool,
+                scale: float | Tensor = 1.0) -> tuple[dict[str, Tensor], list[tuple]]:  # fmt: skip
+        """One lesson: the student's losses by name, weighted and without graph (their sum over a step's lessons is what
+        is minimised), and where backward begins: pairs of a tensor and its gradient, times scale, for
+        torch.autograd.backward. views [R, 3, h, w], targets [R, K]; of global views masks [R, N], patch_targets [M, K].
         """
         cfg, B = self.cfg, len(self.signs["cls"]) // 2
         cls, patches = self.student["backbone"].forward_features(views, masks)
@@ -602,13 +645,16 @@ class DINO(nn.Module):
         def ibot(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
             return cfg.ibot * ibot_loss(logits, targets, weights, 2 * B, cfg.student_temp)
 
-        losses = {"dino": by_rows(dino, self.student["dino_head"], cls, targets)}
+        losses, roots = {}, {}
+        losses["dino"], roots["dino"] = self.heads["dino_head"](dino, cls, targets, scale=scale)
         if masks is not None:
             weights = (1 / masks.sum(1, keepdim=True).clamp_min(1).to(views)).expand_as(masks)[masks]  # [M]
-            losses["ibot"] = by_rows(ibot, self.student[self.patch_head], patches[masks], patch_targets, weights)
+            patch_head, rows = self.heads[self.patch_head], (patches[masks], patch_targets, weights)
+            losses["ibot"], roots["ibot"] = patch_head(ibot, *rows, scale=scale)
             if cfg.koleo:  # RedDino: left out, as it pushes apart the many cells that are rightly alike
-                losses["koleo"] = cfg.koleo * sum(koleo_loss(view) for view in cls.split(B))
-        return losses
+                koleo = cfg.koleo * sum(koleo_loss(view) for view in cls.split(B))
+                losses["koleo"], roots["koleo"] = koleo.detach(), (scale * koleo, None)
+        return losses, [*roots.values(), *((head.prototypes, head.gradient) for head in self.heads.values() if last)]
 
     @torch.no_grad()
     def update_teacher(self, momentum: float):
@@ -782,13 +828,6 @@ def choose_device(cfg: Config) -> tuple[torch.device, torch.dtype]:
         return device, torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     return device, torch.float32  # measured on a CPU without bfloat16 units: 130 GFLOP/s in float32, 1 in bfloat16
 
-def keep_freed_memory():
-    """glibc hands a large tensor's memory back to Linux when it is freed, and asks for new pages, which Linux fills
-    with zeros, for the next: 850,000 page faults, 1.5 s of system time in a step of ViT-S. Here it keeps it."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # elsewhere it isn't glibc
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0), mallopt(-1, -1)  # M_MMAP_MAX: nothing outside the heap; M_TRIM_THRESHOLD: never shrink that
-
 def start_processes(device: torch.device) -> tuple[int, int]:
     """Join torchrun's processes, if there are several: rank and number."""
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -796,7 +835,6 @@ def start_processes(device: torch.device) -> tuple[int, int]:
         torch.cuda.set_device(device)
     if device.type == "cpu":
         torch.set_num_threads(cores())
-        keep_freed_memory()
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return int(os.environ.get("RANK", 0)), world
@@ -841,7 +879,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second in a large matrix product here: what MFU is a share of."""
     n = 8192 if device.type == "cuda" else 1024
     a = torch.randn(n, n, device=device).to(dtype)
-    return 2 * n**3 / min(timeit.repeat(lambda: (a @ a)[0, 0].item(), number=1, repeat=8))  # item() waits for it
+    return 2 * n**3 / min(timeit.repeat(lambda: product(a, a)[0, 0].item(), number=1, repeat=8))  # item() waits for it
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The loop, and what it writes down.
@@ -1013,9 +1051,9 @@ def train(cfg: Config) -> Path:
             while lessons:  # gradients add up; processes exchange the sum, with the last lesson
                 with parallel.no_sync() if world > 1 and len(lessons) > 1 else contextlib.nullcontext():
                     with autocast():
-                        terms = parallel(*lessons.pop(0))
-                    scaler.scale(sum(terms.values())).backward()
-                losses |= {name: losses[name] + value.detach() for name, value in terms.items()}
+                        terms, roots = parallel(*lessons.pop(0), scaler.scale(torch.ones((), device=device)))
+                    torch.autograd.backward(*zip(*roots))
+                losses |= {name: losses[name] + value for name, value in terms.items()}
             loss = sum(losses.values())
             scaler.unscale_(optimizer)
             norms = [nn.utils.clip_grad_norm_(part.parameters(), cfg.clip) for part in model.student.values()]

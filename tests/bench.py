@@ -150,9 +150,9 @@ def train_step(arch, prototypes, local_crops, batch, device):
             lessons = model.teach(*views, masks, now["teacher_temp"])
         while lessons:
             with autocast():
-                terms = sum(model(*lessons.pop(0)).values())
-            terms.backward()
-            loss += terms.detach()
+                terms, roots = model(*lessons.pop(0))
+            torch.autograd.backward(*zip(*roots))
+            loss += sum(terms.values())
         for part in model.student.values():
             nn.utils.clip_grad_norm_(part.parameters(), cfg.clip)
         optimizer.step()
@@ -161,6 +161,7 @@ def train_step(arch, prototypes, local_crops, batch, device):
 
     def measure(number, count=False):
         if count:
+            reddino.MKL_IS_SLOW = False  # products by oneDNN go uncounted
             with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # fused kernels go uncounted
                 step(number)
             return dict(counted=counter.get_total_flops())

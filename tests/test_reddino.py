@@ -44,10 +44,13 @@ def tiny(**options):
 
 
 def step(model, *batch):
-    """The losses of a whole step by name: all lessons of a batch (global views, local views, masks, temperature)."""
+    """The losses of a whole step by name: all lessons of a batch (global views, local views, masks, temperature). Their
+    gradients are then in the student's parameters."""
     losses = {}
     for lesson in model.teach(*batch):
-        for name, value in model(*lesson).items():
+        terms, roots = model(*lesson)
+        torch.autograd.backward(*zip(*roots))
+        for name, value in terms.items():
             losses[name] = losses.get(name, 0) + value
     return losses
 
@@ -67,6 +70,41 @@ def close(a, b, tolerance=1e-4):
     """Largest difference relative to the largest value."""
     assert a.shape == b.shape
     assert (a - b).abs().max() <= tolerance * b.abs().max()
+
+
+# ------------------------------------------------------------------------------------------- products by oneDNN
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch comes without oneDNN")
+@pytest.mark.parametrize("shape", [(1, 24), (37, 24), (4, 17, 24), (2, 3, 5, 24), (0, 24)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_product_by_onednn_is_the_one_in_float64(shape, bias, monkeypatch):
+    monkeypatch.setattr(reddino, "MKL_IS_SLOW", True)
+    wide = torch.randn(*shape[:-1], 2 * shape[-1])
+    wanted, given = [], [wide[..., ::2], torch.randn(40, 24)] + [torch.randn(40)] * bias  # x is not contiguous
+    for dtype, product in ((torch.float32, reddino.product), (torch.float64, F.linear)):
+        args = [t.to(dtype).requires_grad_() for t in given]
+        y = product(*args)
+        assert (type(y.grad_fn).__name__ == "ProductBackward") == (dtype == torch.float32 and y.numel() > 0)
+        d = torch.linspace(-1, 1, y.numel(), dtype=dtype).reshape(y.shape)
+        wanted.append([y, *torch.autograd.grad(y, args, d)])
+    for a, b in zip(*wanted):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch comes without oneDNN")
+@pytest.mark.parametrize("options", [{}, dict(separate_heads=True), dict(checkpoint_activations=True)])
+def test_a_step_by_onednn_is_the_plain_one(options, monkeypatch):
+    cfg, results = tiny(local_crops=1, **options), []
+    for by_onednn in (True, False):
+        monkeypatch.setattr(reddino, "MKL_IS_SLOW", by_onednn)
+        torch.manual_seed(0)
+        model = DINO(cfg)
+        shaken(model.student)
+        views = [v.float() for v in inputs(cfg)[:2]]
+        losses = step(model, *views, *inputs(cfg)[2:], 0.1)
+        results.append([*losses.values(), *(p.grad for p in model.student.parameters())])
+    for a, b in zip(*results):
+        close(a, b)
 
 
 # ------------------------------------------------------------------------------------------- the network, against timm
@@ -364,25 +402,24 @@ def test_gradients_of_the_losses():
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
-@pytest.mark.parametrize("rows", [0, 1, 600])
+@pytest.mark.parametrize("rows", [0, 1, 60])
 def test_a_loss_by_rows_is_the_plain_one(dtype, tolerance, rows):
-    """600 rows are two and a bit of the chunks in which logits exist."""
+    """60 rows are two and a bit of the chunks in which logits exist. Two calls, as for class and patch tokens."""
     head = shaken(reddino.DINOHead(12, 40, 24, 16)).to(dtype)
-    tokens = torch.randn(rows, 12, dtype=dtype, requires_grad=True)
-    targets, weights = torch.rand(rows, 40, dtype=dtype).softmax(-1), torch.rand(rows, dtype=dtype)
+    tokens = torch.randn(2, rows, 12, dtype=dtype, requires_grad=True)
+    targets, weights = torch.rand(2, rows, 40, dtype=dtype).softmax(-1), torch.rand(2, rows, dtype=dtype)
 
     def loss(logits, targets, weights):
         return reddino.ibot_loss(logits, targets, weights, 7)
 
-    wanted = [tokens, *head.parameters()]
-    found = reddino.by_rows(loss, head, tokens, targets, weights)
-    plain = loss(head(tokens), targets, weights)
-    torch.testing.assert_close(found, plain, rtol=tolerance, atol=tolerance)
-    for a, b in zip(torch.autograd.grad(3 * found, wanted), torch.autograd.grad(3 * plain, wanted)):
+    wanted, by_rows = [tokens, *head.parameters()], reddino.ByRows(head, numbers=25 * 40)
+    values, roots = zip(*(by_rows(loss, *parts, scale=3.0) for parts in zip(tokens, targets, weights)))
+    plain = sum(loss(head(t), *parts) for t, *parts in zip(tokens, targets, weights))
+    torch.testing.assert_close(sum(values), plain, rtol=tolerance, atol=tolerance)
+    outputs, gradients = zip(*roots, (by_rows.prototypes, by_rows.gradient))
+    found = torch.autograd.grad(outputs, wanted, gradients)
+    for a, b in zip(found, torch.autograd.grad(3 * plain, wanted)):
         assert (a - b).abs().max() <= tolerance * max(1, b.abs().max()) if b.numel() else a.shape == b.shape
-    if rows == 1 and dtype == torch.float64:
-        assert torch.autograd.gradcheck(lambda x: reddino.by_rows(loss, head, x, targets, weights), tokens)
-
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -487,11 +524,33 @@ def test_the_total_is_the_plain_double_loop(options, small, monkeypatch):
             centers = tuple(0.9 * c + 0.1 * m for c, m in zip(centers, now))
 
 
+@pytest.mark.parametrize("options", [dict(koleo=0.1), dict(separate_heads=True), dict(centering="moving-average")])
+@pytest.mark.parametrize("small", [10**9, 0])
+def test_a_steps_gradient_is_the_slope_of_its_loss(options, small, monkeypatch):
+    """The lessons' gradients, added up, along a random direction, against the difference of losses to both sides."""
+    monkeypatch.setattr(DINO, "SMALL", small)
+    cfg = tiny(local_crops=3, **options)
+    model, batch = DINO(cfg).double(), inputs(cfg)
+    shaken(model.student), shaken(model.teacher, seed=1)
+    step(model, *batch, 0.3)
+    gradients = {p: p.grad.clone() for p in model.student.parameters()}
+    for part in model.student.values():  # one by one, or the backbone's would drown the heads'
+        parameters = list(part.parameters())
+        direction = [torch.randn_like(p) * p.abs().mean() for p in parameters]
+        slope = sum((gradients[p] * d).sum().item() for p, d in zip(parameters, direction))
+        ends = []
+        for shift in (-1e-6, 2e-6):
+            torch._foreach_add_([p.data for p in parameters], direction, alpha=shift)
+            ends.append(sum(v.item() for v in step(model, *batch, 0.3).values()))
+        torch._foreach_add_([p.data for p in parameters], direction, alpha=-1e-6)
+        assert (ends[1] - ends[0]) / 2e-6 == pytest.approx(slope, rel=1e-5)
+
+
 def test_only_the_student_learns_and_all_of_it_does():
     cfg = tiny(local_crops=1)
     model = DINO(cfg).double()
     shaken(model.student)
-    sum(step(model, *inputs(cfg), 0.04).values()).backward()
+    step(model, *inputs(cfg), 0.04)
     assert all(p.grad is None for p in model.teacher.parameters())
     idle = [n for n, p in model.student.named_parameters() if p.grad is None or not p.grad.any()]
     assert idle == []
@@ -519,9 +578,8 @@ def test_the_lessons_functions_are_those_that_run(name, replacement, monkeypatch
     def run():
         model.zero_grad()
         losses = step(model, *inputs(cfg), 0.1)
-        sum(losses.values()).backward()
         grad = model.student["backbone"].patch_embed.proj.weight.grad
-        return torch.stack(list(losses.values())).detach(), grad.clone()
+        return torch.stack(list(losses.values())), grad.clone()
 
     before = run()
     monkeypatch.setattr(reddino, name, replacement)
@@ -697,7 +755,8 @@ def test_collapse_is_said_once_in_words_and_health_never():
 
 
 @pytest.mark.parametrize("arch", ["nano", "vits14"])
-def test_flops_of_a_step_are_those_that_torch_counts(arch):
+def test_flops_of_a_step_are_those_that_torch_counts(arch, monkeypatch):
+    monkeypatch.setattr(reddino, "MKL_IS_SLOW", False)  # it doesn't count oneDNN's
     sizes = (
         dict(global_size=112, local_size=56, batch_size=2) if arch == "vits14" else dict(global_size=64, local_size=32)
     )
@@ -708,9 +767,8 @@ def test_flops_of_a_step_are_those_that_torch_counts(arch):
     masks = torch.zeros(2 * B, grid * grid, dtype=torch.bool)
     masks[:, : round(0.15 * grid * grid)] = True  # 0.3 of half of them
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the CPU's fused one is not counted
-        losses = step(model, torch.randn(2 * B, 3, grid * vit.patch_size, grid * vit.patch_size),
-                      torch.randn(2 * B, 3, cfg.local_size, cfg.local_size), masks, 0.04)  # fmt: skip
-        sum(losses.values()).backward()
+        step(model, torch.randn(2 * B, 3, grid * vit.patch_size, grid * vit.patch_size),
+             torch.randn(2 * B, 3, cfg.local_size, cfg.local_size), masks, 0.04)  # fmt: skip
     estimate = reddino.step_flops(cfg, model)
     assert estimate == pytest.approx(counter.get_total_flops(), rel=0.03)
 

@@ -129,7 +129,7 @@ def assert_same_run(a, b):
 
 
 def each_step(monkeypatch, act):
-    """act(n, model, losses) after the first lesson of the n-th step from now on; what it returns are its losses."""
+    """act(n, model, found) after the first lesson of the n-th step from now on; what it returns are its findings."""
     teach, forward, count, begun = reddino.DINO.teach, reddino.DINO.forward, iter(range(10**6)), []
 
     def taught(self, *args):
@@ -313,7 +313,7 @@ def test_features_are_scored_meanwhile_and_the_best_teacher_is_kept(images, tabl
 
 def test_a_frozen_backbone_waits_for_its_heads(images, tmp_path, monkeypatch):
     seen = []
-    each_step(monkeypatch, lambda n, model, losses: seen.append(
+    each_step(monkeypatch, lambda n, model, found: seen.append(
         [[p.detach().clone() for p in model.student[part].parameters()] for part in ("backbone", "dino_head")]))
     go(images, tmp_path, freeze_backbone_steps=4, drop_path=0.0)
     moved = [[not all(map(torch.equal, a, b)) for a, b in zip(*pair)] for pair in itertools.pairwise(seen)]
@@ -411,20 +411,21 @@ def test_resume_from_a_path(images, whole, tmp_path, capsys):
 
 # ------------------------------------------------------------------------------------------- numbers gone wrong
 
-def plant(kind, losses, model):
+def plant(kind, found, model):
+    losses, roots = found
     if kind == "loss":
-        return losses | {"dino": losses["dino"] * math.nan}
+        return losses | {"dino": losses["dino"] * math.nan}, roots
     weight = model.student["backbone"].norm.weight  # 0 forward, not a number backward
-    return losses | {"dino": losses["dino"] + (weight.sum() * 0).sqrt()}
+    return losses, [*roots, ((weight.sum() * 0).sqrt(), None)]
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_is_skipped(kind, images, tmp_path, monkeypatch, capsys):
     seen = []
 
-    def act(n, model, losses):
+    def act(n, model, found):
         seen.append([p.detach().clone() for p in [*model.parameters(), *model.buffers()]])
-        return plant(kind, losses, model) if n in (2, 3, 5) else losses
+        return plant(kind, found, model) if n in (2, 3, 5) else found
 
     each_step(monkeypatch, act)
     go(images, tmp_path, iters=8, centering="moving-average")
@@ -441,7 +442,7 @@ def test_a_step_that_is_not_finite_is_skipped(kind, images, tmp_path, monkeypatc
 
 
 def test_three_in_a_row_stop_the_run(images, tmp_path, monkeypatch, capsys):
-    undo = each_step(monkeypatch, lambda n, model, losses: plant("loss", losses, model) if n >= 4 else losses)
+    undo = each_step(monkeypatch, lambda n, model, found: plant("loss", found, model) if n >= 4 else found)
     assert "three" in main(capsys, options(images, tmp_path))
     saved = checkpoint(tmp_path)
     assert saved["step"] in (3, 6)
@@ -599,8 +600,9 @@ for job in json.load(open(sys.argv[1])):
             os.kill(os.getpid(), signal.SIGTERM)
         return teach(self, *args)
     def spoil(self, *args, job=job):
-        losses, bad = forward(self, *args), rank == 1 and self.n == job.get("nan")
-        return losses | {"dino": losses["dino"] * float("nan")} if bad else losses
+        losses, roots = forward(self, *args)
+        bad = rank == 1 and self.n == job.get("nan")
+        return (losses | {"dino": losses["dino"] * float("nan")} if bad else losses), roots
     DINO.teach, DINO.forward = act, spoil
     try:
         reddino.train(reddino.configure(**job["options"]))
