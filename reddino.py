@@ -232,10 +232,10 @@ class Product(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        grad = grad.contiguous()
+        grad, of = grad.contiguous(), ctx.needs_input_grad
         rows = grad.flatten(0, -2)
-        d_weight, d_bias = Product.onednn(rows.T, x.flatten(0, -2).T), rows.sum(0) if ctx.needs_input_grad[2] else None
-        return Product.onednn(grad, weight.T), d_weight, d_bias
+        return (Product.onednn(grad, weight.T) if of[0] else None,
+                Product.onednn(rows.T, x.flatten(0, -2).T) if of[1] else None, rows.sum(0) if of[2] else None)
 
     @staticmethod
     def onednn(x, weight, bias=None):
