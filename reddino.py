@@ -244,7 +244,7 @@ class Product(torch.autograd.Function):
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear, [*, I] and [O, I] (and [O]) to [*, O], by whoever is faster."""
     cpu = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    if MKL_IS_SLOW and cpu and x.numel():
+    if MKL_IS_SLOW and cpu and x.numel() and not torch.compiler.is_compiling():
         return Product.apply(x.contiguous(), weight, bias)
     return F.linear(x, weight, bias)
 
@@ -528,15 +528,17 @@ def koleo_loss(x: Tensor, eps: float = 1e-8) -> Tensor:
     """-mean log distance from each class token [B, D] to its nearest neighbour on the unit sphere, over all processes'
     images (Sablayrolles et al. 2019). Distances below eps count as eps: a duplicate gives no direction to flee."""
     x = F.normalize(widen(x), dim=-1)
-    everyone, first = x, 0
+    parts, rank = [x], 0
     if dist.is_initialized():
-        from torch.distributed.nn.functional import all_gather  # the all_gather that gradients flow through
-        everyone, first = torch.cat(all_gather(x)), dist.get_rank() * len(x)
+        parts, rank = [torch.empty_like(x) for _ in range(dist.get_world_size())], dist.get_rank()
+        dist.all_gather(parts, x.detach())
+        parts[rank] = x
+    everyone = torch.cat(parts)
     with torch.no_grad():
-        cosine = x @ everyone.T  # [B, B of all processes]
-        cosine[torch.arange(len(x)), first + torch.arange(len(x))] = -2  # not itself
-        nearest = cosine.argmax(dim=1)
-    return -(x - everyone[nearest]).norm(dim=-1).clamp_min(eps).log().mean()
+        nearest = (everyone @ everyone.T).fill_diagonal_(-2).argmax(dim=1)  # not itself
+    rows = -(everyone - everyone[nearest]).norm(dim=-1).clamp_min(eps).log()  # [B of all processes]
+    slope = rows.sum() / len(x)  # all that depends on the own tokens; the value is that of the own rows alone
+    return slope + (rows.chunk(len(parts))[rank].mean() - slope).detach()
 
 class ByRows:
     """A head and its loss a few rows at a time, gradient included.
@@ -997,7 +999,7 @@ def train(cfg: Config) -> Path:
         for block in [*vit.blocks, *model.teacher["backbone"].blocks]:
             block.compile()
     parallel = model if world == 1 else nn.parallel.DistributedDataParallel(  # gradients: means over processes
-        model, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False,
+        model, device_ids=[device.index] if device.type == "cuda" else None,
         gradient_as_bucket_view=True)  # fmt: skip
 
     def save():

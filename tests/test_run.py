@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -321,6 +322,15 @@ def test_a_frozen_backbone_waits_for_its_heads(images, tmp_path, monkeypatch):
     assert all(m[1] for m in moved[1:])  # lr's own warm-up begins at 0
     rates = [(s["backbone_lr"] / s["lr"]) for s in metrics(tmp_path)[1:]]
     assert rates == pytest.approx([0, 0, 0, 0, 0.25, 0.5, 0.75, 1, 1])
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_blocks_train_as_plain_ones(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(reddino, "MKL_IS_SLOW", True)  # the compiler must not meet what it doesn't know
+    go(images, tmp_path, iters=3, drop_path=0.0, compile=True)
+    go(images, tmp_path / "plain", iters=3, drop_path=0.0)
+    for a, b in zip(losses(tmp_path), losses(tmp_path / "plain"), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
 
 
 def test_export(images, whole, tmp_path, capsys):
