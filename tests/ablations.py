@@ -50,6 +50,8 @@ RUNS = {
     "no patch-token loss": dict(ibot=0),
 }
 
+PAIRS = (("32 transforms", "DINOv2's transforms"), ("224-pixel patches", "single cells"))  # beside each with nano
+
 def block(image: str) -> int:
     """Of a smear, by the number in its name."""
     return (int(Path(image).stem) - 1) // 20 % 5
@@ -111,26 +113,36 @@ def train(name: str, seed: int, minutes: float, folders: dict, out: Path) -> dic
                 rank=round(rank[-1], 1) if rank else None, weights=str(folder / "backbone.pth"))
 
 def table(lines: list[dict], cells: ev.Cells, test: np.ndarray):
-    """Each run's mean and spread over seeds, and the mean difference from nano, with an interval over smears."""
+    """Each run's mean and spread over seeds; mean differences from nano and of PAIRS, with intervals over smears."""
     def again(line, how):  # weighted F1, and of each replicate: [1 + replicates]
         guess = np.array([ord(c) - 97 for c in line[how]["guess"]])
         judged = ev.judge(cells.label[test], np.eye(len(cells.classes))[guess], cells.group[test])
         return 100 * judged["again"]["weighted_f1"]
 
+    runs = {}
+    for line in lines:
+        runs.setdefault(line["run"], {})[line["seed"]] = line | {how: again(line, how) for how in ("20-NN", "linear")}
+
+    def minus(name, base, how):
+        gaps = [own[how] - runs[base][seed][how] for seed, own in runs[name].items() if seed in runs.get(base, {})]
+        if name == base or not gaps:
+            return ""
+        gap = np.mean(gaps, 0)
+        return "{:.1f} [{:.1f}, {:.1f}]".format(gap[0], *np.percentile(gap[1:], [2.5, 97.5]))
+
     print("| run | seeds | steps | dino | 20-NN | minus nano | linear probe | minus nano |\n" + "|---" * 8 + "|")
-    runs = {name: [line for line in lines if line["run"] == name] for name in dict.fromkeys(x["run"] for x in lines)}
     for name, own in runs.items():
+        own = [*own.values()]
         row = [name, len(own), *(f"{np.mean([x[k] for x in own]):.{d}f}" if k in own[0] else ""
                                  for k, d in (("steps", 0), ("dino", 2)))]
         for how in ("20-NN", "linear"):
-            f1 = np.array([again(x, how) for x in own])  # [seeds, 1 + replicates]
-            row.append(f"{f1[:, 0].mean():.1f}" + (f" ± {f1[:, 0].std(ddof=1):.1f}" if len(own) > 1 else ""))
-            base = {x["seed"]: again(x, how) for x in runs.get("nano", ())}
-            gaps = [again(x, how) - base[x["seed"]] for x in own if x["seed"] in base and name != "nano"]
-            gap = np.mean(gaps, 0) if gaps else [0]
-            ends = np.percentile(gap[1:], [2.5, 97.5]) if gaps else ()
-            row.append("{:.1f} [{:.1f}, {:.1f}]".format(gap[0], *ends) if gaps else "")
+            f1 = [x[how][0] for x in own]
+            row.append(f"{np.mean(f1):.1f}" + (f" ± {np.std(f1, ddof=1):.1f}" if len(f1) > 1 else ""))
+            row.append(minus(name, "nano", how))
         print("| " + " | ".join(map(str, row)) + " |")
+    for name, base in PAIRS:
+        if {name, base} <= runs.keys():
+            print(f"| {name} minus {base} | | | | | {minus(name, base, '20-NN')} | | {minus(name, base, 'linear')} |")
 
 def supervised(x: torch.Tensor, y: torch.Tensor, test_x: torch.Tensor, classes: int, seed: int, steps: int):
     """What a nano says that learns from labels alone: crops [n, 3, 80, 80], their classes, crops asked; int [m]."""
