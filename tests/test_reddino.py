@@ -314,6 +314,15 @@ def test_sinkhorn_knopp_is_the_textbooks(rows, prototypes, n_iters):
     np.testing.assert_allclose(default.numpy(), textbook_sinkhorn(logits, 0.05, 3), rtol=1e-10)
 
 
+@pytest.mark.parametrize("n_iters", [1, 2, 3])
+@pytest.mark.parametrize("gap", [60, 75, 85, 95, 120])
+def test_sinkhorn_knopp_where_one_row_nearly_leaves_float32(gap, n_iters):
+    logits = np.random.default_rng(0).uniform(-1, 1, (6, 10))
+    logits[2] -= gap * 0.1
+    ours = reddino.sinkhorn_knopp(torch.tensor(logits, dtype=torch.float32), 0.1, n_iters)
+    np.testing.assert_allclose(ours.numpy(), textbook_sinkhorn(logits, 0.1, n_iters), rtol=1e-4, atol=1e-7)
+
+
 def test_sinkhorn_knopp_balances():
     logits = torch.randn(48, 12, dtype=torch.float64) + 3 * torch.arange(12)  # all prefer the last
     targets = reddino.sinkhorn_knopp(logits, 1.0, 500)
