@@ -21,9 +21,11 @@ G = 2 global views each, L local views each, N patch tokens a view, D dimensions
 """
 
 import argparse
+import atexit
 import contextlib
 import dataclasses
 import datetime
+import gc
 import json
 import math
 import multiprocessing
@@ -838,8 +840,18 @@ def start_processes(device: torch.device) -> tuple[int, int]:
     if device.type == "cpu":
         torch.set_num_threads(cores())
     if world > 1 and not dist.is_initialized():
+        from torch.distributed.nn import functional  # noqa: F401  (later, its defaults would hold the group for ever)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if device.type != "cuda":
+            atexit.register(leave_gloo)
     return int(os.environ.get("RANK", 0)), world
+
+def leave_gloo():
+    """Ends gloo's threads, which end with the group, which ends with the last reference to it. One still at work when
+    Python goes, however that comes, would abort its process, for which torchrun kills rank 0 over its last files."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    gc.collect()  # DistributedDataParallel refers to itself
 
 def from_rank_0(make):
     """make() on rank 0, its result on all. Where it raises, rank 0 says why and the others stop without a word."""

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -595,10 +596,16 @@ def test_masks_are_drawn_by_sample(images):
 
 DRIVER = '''
 """Runs each config of a JSON file in turn, as one of torchrun's processes; prints how each ended."""
-import json, os, signal, sys
-import torch, torch.distributed as dist
+import atexit, json, os, signal, sys
+from pathlib import Path
+import torch
 from reddino import DINO
 
+def threads(when):
+    names = [task.read_text() for task in Path("/proc/self/task").glob("*/comm")]
+    print(f"rank {rank} {sum('gloo' in name for name in names)} of gloo's threads {when}", flush=True)
+
+atexit.register(threads, "when Python goes")  # the first registered is the last to run
 rank, teach, forward = int(os.environ["RANK"]), DINO.teach, DINO.forward
 for job in json.load(open(sys.argv[1])):
     steps = iter(range(10**6))
@@ -627,7 +634,7 @@ center = reddino.MovingAverage(logits.shape[1]).double()
 center(mine, 0.1), center.update()
 torch.save({"uneven": reddino.sinkhorn_knopp(mine, 0.05), "one has none": reddino.sinkhorn_knopp(empty, 0.05),
             "center": center.center}, sys.argv[2] + str(rank))
-dist.destroy_process_group()
+threads("at work")
 '''
 
 
@@ -683,6 +690,13 @@ def test_targets_over_processes_with_unequal_rows(two):
     torch.testing.assert_close(parts[0]["one has none"], whole, rtol=1e-12, atol=1e-14)
     for part in parts:  # the mean over rows: that over processes would weigh three rows as much as seven
         torch.testing.assert_close(part["center"][0], 0.1 * logits.mean(0))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+def test_no_thread_of_gloos_outlives_python(two):
+    _, said, _ = two  # one that did would abort its process, now and then
+    at_work, left = (re.findall(rf"rank [01] (\d) of gloo's threads {when}", said) for when in ("at work", "when Python"))
+    assert len(at_work) == 2 and "0" not in at_work and left == ["0", "0"], said
 
 
 def test_a_signal_to_one_process_stops_all_at_one_step_and_the_run_goes_on(two):
