@@ -695,7 +695,7 @@ def test_targets_over_processes_with_unequal_rows(two):
 @pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
 def test_no_thread_of_gloos_outlives_python(two):
     _, said, _ = two  # one that did would abort its process, now and then
-    at_work, left = (re.findall(rf"rank [01] (\d) of gloo's threads {when}", said) for when in ("at work", "when Python"))
+    at_work, left = (re.findall(rf"rank [01] (\d) of gloo's threads {when}", said) for when in ("at work", "when P"))
     assert len(at_work) == 2 and "0" not in at_work and left == ["0", "0"], said
 
 
