@@ -26,6 +26,7 @@ import contextlib
 import dataclasses
 import datetime
 import gc
+import itertools
 import json
 import math
 import multiprocessing
@@ -124,12 +125,12 @@ class Config:
     eval_every: int = opt(500, "steps between", low=1)
     eval_crop: int = opt(80, "side of the square around a cell in pixels", low=2)
     # the machine
-    seed: int = opt(0, "of everything random")
+    seed: int = opt(0, "of everything random", high=2**63 - 1)
     workers: int = opt(-1, "loading processes for each training process; -1: as its cores, at most 16", low=-1)
     device: str = opt("auto", "auto, cpu, cuda, mps", ["auto", "cpu", "cuda", "mps"])
     dtype: str = opt("auto", "of matrix products; auto: bfloat16 where the GPU has it, else float16; float32 on a CPU",
                      ["auto", "float32", "bfloat16", "float16", "float64"])  # fmt: skip
-    compile: bool | None = opt(None, "torch.compile each block; by default on CUDA")
+    compile: bool | None = opt(None, "torch.compile each block; by default on CUDA (needs a C compiler there)")
     checkpoint_activations: bool = opt(False, "recompute blocks in the backward pass: less memory, more time")
     save_every: int = opt(500, "steps between checkpoints", low=1)
     log_every: int = opt(10, "steps between lines of the log (metrics.jsonl has every step)", low=1)
@@ -140,7 +141,7 @@ class Config:
 PRESETS = {
     # From scratch, on little data, in minutes; the README's "When the loss does not move" has the reasons, as measured.
     "nano": dict(prototypes=64, head_hidden=256, head_bottleneck=64, patch_size=[80], global_size=32, local_size=16,
-                 local_crops=0, global_scale=0.7, transforms=0, koleo=0.2, ibot=0.3, momentum=0.98,
+                 local_crops=0, global_scale=0.7, augment="histology", koleo=0.1, ibot=0.3, momentum=0.98,
                  teacher_temp=0.04, iters=400, batch_size=32, lr=6e-3, warmup=0.1, weight_decay_end=0.04,
                  layerscale=1.0),
     "vitb14": dict(iters=36500, batch_size=392),  # RedDino B: 2 GPUs x 196, 10 x 3,650 steps
@@ -153,7 +154,9 @@ def configure(**given) -> Config:
     """Config of an architecture: what is given, else its preset, else the default. Raises UserError on nonsense."""
     presets = [PRESETS.get(given.get(of), {}) for of in ("augment", "arch")]  # the latter counts
     cfg = Config(**{**presets[0], **presets[1], **given})
-    cfg.patch_size = [cfg.patch_size] if isinstance(cfg.patch_size, int) else cfg.patch_size
+    for name in ("data", "eval_data", "patch_size"):  # one will do, in Python too
+        if isinstance(getattr(cfg, name), int | str):
+            setattr(cfg, name, [getattr(cfg, name)])
     for field in dataclasses.fields(Config):
         value, allowed, flag = getattr(cfg, field.name), field.metadata, "--" + field.name.replace("_", "-")
         if allowed["choices"] and value not in allowed["choices"]:
@@ -452,6 +455,10 @@ def widen(x: Tensor) -> Tensor:
     """At least float32: exponentials and sums over K need it, whatever autocast gave."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
+def exactly(x: Tensor) -> torch.autocast:
+    """No autocast inside: in bfloat16 a row of 1 sums to 0.995, and tokens that are alike have the same neighbour."""
+    return torch.autocast(x.device.type, enabled=False)
+
 def logsumexp_over_rows(x: Tensor) -> Tensor:
     """log sum_i exp(x_ik) over the rows i of all processes, [R, K] to [1, K]; a process may have no rows at all."""
     local = torch.logsumexp(x, dim=0, keepdim=True)
@@ -472,8 +479,9 @@ def sinkhorn_knopp(logits: Tensor, temp: float, n_iters: int = 3) -> Tensor:
     # All divisions so far are one factor for each row and one for each column: two vectors, and [R, K] stays as it is.
     q, row, largest = torch.sub(logits, top).div_(temp).exp_(), logits.new_ones(len(logits), 1), logits.new_zeros(())
     for _ in range(n_iters):
-        column = 1 / all_reduce(row.T @ q)  # [1, K]
-        row = 1 / (q @ column.T)  # [R, 1]
+        with exactly(q):
+            column = 1 / all_reduce(row.T @ q)  # [1, K]
+            row = 1 / (q @ column.T)  # [R, 1]
         largest = torch.maximum(largest, column.amax())  # a row that overflows shows in the next column
     if largest < 1e30:  # columns are the same in all processes, so all go the same way; the last row is one's own
         return q.mul_(row).mul_(column) if (row < 1e30).all() else F.softmax(logits / temp + column.log(), dim=1)
@@ -536,7 +544,7 @@ def koleo_loss(x: Tensor, eps: float = 1e-8) -> Tensor:
         dist.all_gather(parts, x.detach())
         parts[rank] = x
     everyone = torch.cat(parts)
-    with torch.no_grad():
+    with torch.no_grad(), exactly(x):
         nearest = (everyone @ everyone.T).fill_diagonal_(-2).argmax(dim=1)  # not itself
     rows = -(everyone - everyone[nearest]).norm(dim=-1).clamp_min(eps).log()  # [B of all processes]
     slope = rows.sum() / len(x)  # all that depends on the own tokens; the value is that of the own rows alone
@@ -624,7 +632,7 @@ class DINO(nn.Module):
         # 1 local view for DINOv2's 8. The loss is linear in the targets, so those of both views are added up. Global
         # views come last: they use every parameter, which is what DistributedDataParallel waits for.
         parts = 1 if global_views.numel() < self.SMALL else 2 if cfg.koleo else 4
-        n = math.ceil(cfg.local_crops * (cfg.local_size / cfg.global_size) ** 2 * parts / 2)
+        n = min(math.ceil(cfg.local_crops * (cfg.local_size / cfg.global_size) ** 2 * parts / 2), cfg.local_crops)
         local = [torch.cat(local_views.split(B)[k::n]) for k in range(n)]
         lessons = [(views, None, (first + second).repeat(len(views) // B, 1), None) for views in local]
         masked = [int(m.sum()) for m in masks.chunk(parts)]
@@ -680,7 +688,7 @@ def first_networks(cfg: Config) -> tuple[DINO, str]:
 def effective_rank(features: Tensor) -> float:
     """RankMe (Garrido et al. 2023, eq. 1-2): exp of the entropy of the normalised singular values of [R, D] features.
     Between 1 (all on one line: collapsed) and D."""
-    values = torch.linalg.svdvals(features.float())
+    values = torch.linalg.svdvals(features.float().cpu())  # Apple's GPUs have none
     p = values / values.sum().clamp_min(1e-12) + 1e-7
     return float(torch.exp(-(p * p.log()).sum()))
 
@@ -757,6 +765,9 @@ def write_aside(path: Path, state: dict | list, keep: Path | None = None):
         os.fsync(folder := os.open(path.parent, os.O_RDONLY))
         os.close(folder)
 
+CHECKPOINT = {"student", "teacher", "centers", "optimizer", "scaler", "step", "elapsed", "patches", "processes",
+              "skipped", "best", "config"}  # fmt: skip
+
 def read_checkpoint(paths: list[Path]) -> tuple[dict | None, str]:
     """The first of these that can be read, and a line that says so (None without any). Raises UserError if none can."""
     from eval import load_file
@@ -764,8 +775,9 @@ def read_checkpoint(paths: list[Path]) -> tuple[dict | None, str]:
     for path in paths:
         try:
             saved = load_file(path)
-            if not {"step", "student", "optimizer", "config"} <= set(saved):
-                raise UserError(f"{path}: holds weights, but no run to go on with; --init starts from them")
+            if missing := CHECKPOINT - set(saved):
+                raise UserError(f"{path}: no run to go on with (it lacks {', '.join(sorted(missing))}); --init starts "
+                                "from its weights")  # fmt: skip
             return saved, "; ".join([*said, f"going on from {path} at step {saved['step']}"])
         except UserError as error:
             said.append(str(error))
@@ -789,8 +801,13 @@ def prepare(cfg: Config, world: int) -> tuple[Patches, dict | None, str]:
     there = [path for name in RUN if (path := Path(cfg.out, name)).exists()]
     if cfg.resume == "never" and there and not cfg.overwrite:
         raise UserError(f"{cfg.out} holds a run: --resume auto goes on with it, --overwrite replaces it")
+    if cfg.resume not in ("auto", "never") and there and Path(cfg.resume).resolve().parent != Path(cfg.out).resolve():
+        raise UserError(f"{cfg.out} holds a run, over which that of --resume {cfg.resume} would be written: choose "
+                        "another --out")  # fmt: skip
     checkpoints = {"auto": [path for path in there if path.name in RUN[:2]], "never": []}
     saved, note = read_checkpoint(checkpoints.get(cfg.resume, [Path(cfg.resume)]))
+    if not cfg.data:
+        raise UserError("--data: name at least one folder of images")
     patches = Patches(cfg.data, cfg.patch_size, cfg.window, raw=cfg.augment == "ct")
     for first in [first for _, first, last in patches.sources if first < last]:
         try:
@@ -804,7 +821,8 @@ def prepare(cfg: Config, world: int) -> tuple[Patches, dict | None, str]:
         was, now = dataclasses.asdict(Config()) | saved["config"], dataclasses.asdict(cfg)
         changed = [f"--{k.replace('_', '-')} was {was[k]}" for k in now if k not in MAY_CHANGE and now[k] != was[k]]
         if changed:
-            raise UserError(f"{cfg.out} holds another run: {', '.join(changed)}; choose another --out, or "
+            where = cfg.out if cfg.resume == "auto" else cfg.resume
+            raise UserError(f"{where} holds another run: {', '.join(changed)}; choose another --out, or "
                             "--resume never --overwrite")  # fmt: skip
         for what, n in {"patches": len(patches), "processes": world}.items():
             if saved[what] != n:
@@ -825,11 +843,16 @@ def choose_device(cfg: Config) -> tuple[torch.device, torch.dtype]:
     name = next(d for d in there if there[d]) if cfg.device == "auto" else cfg.device
     if not there[name]:
         raise UserError(f"--device {name}: PyTorch finds none here; --device auto takes what there is")
-    device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
+    if name == "mps" and cfg.dtype == "float64":
+        raise UserError("--dtype float64: not on Apple's GPUs; --device cpu has it")
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if name == "cuda" and local >= (gpus := torch.cuda.device_count()):
+        raise UserError(f"more processes than GPUs: torchrun --nproc_per_node={gpus} is the most here")
+    device = torch.device(name, local if name == "cuda" else None)
     if cfg.dtype != "auto":
         return device, getattr(torch, cfg.dtype)
     if name == "cuda":
-        return device, torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return device, torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return device, torch.float32  # measured on a CPU without bfloat16 units: 130 GFLOP/s in float32, 1 in bfloat16
 
 def start_processes(device: torch.device) -> tuple[int, int]:
@@ -841,7 +864,8 @@ def start_processes(device: torch.device) -> tuple[int, int]:
         torch.set_num_threads(cores())
     if world > 1 and not dist.is_initialized():
         from torch.distributed.nn import functional  # noqa: F401  (later, its defaults would hold the group for ever)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=datetime.timedelta(hours=1))  # the others wait while rank 0 reads or looks
         if device.type != "cuda":
             atexit.register(leave_gloo)
     return int(os.environ.get("RANK", 0)), world
@@ -922,9 +946,10 @@ class Journal:
     def __init__(self, out: Path, start: int, writes: bool):
         self.writes, self.skipped, self.skipped_file = writes, {}, out / "skipped.txt"
         self.metrics = open(out / "metrics.jsonl" if writes else os.devnull, "a+")  # noqa: SIM115  (as long as the run)
-        if writes:  # what came after the checkpoint is done again; the last line may be cut short
+        if writes:  # what came after the checkpoint is done again; the last line may be cut short, or zeros
             self.metrics.seek(0)
-            kept = [line for line in self.metrics if line.endswith("}\n") and json.loads(line)["step"] < start]
+            kept = [*itertools.takewhile(lambda line: (found := re.fullmatch(r'{"step": (\d+).*}\n', line))
+                                         and int(found[1]) < start, self.metrics)]
             self.metrics.truncate(len("".join(kept)))
 
     def say(self, *lines: str):
@@ -1000,13 +1025,14 @@ def train(cfg: Config) -> Path:
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     parts = {"student": model.student, "teacher": model.teacher, "centers": model.centers,
              "optimizer": optimizer, "scaler": scaler}  # fmt: skip
-    step, elapsed, best = 0, 0.0, -1.0
+    step, elapsed, best, skipped = 0, 0.0, -1.0, {}
     if saved:
-        step, elapsed, was = saved["step"], saved["elapsed"], saved["config"]
+        step, elapsed, skipped, was = (saved[k] for k in ("step", "elapsed", "skipped", "config"))
         best = saved["best"] if (was["eval_data"], was["eval_crop"]) == (cfg.eval_data, cfg.eval_crop) else best
         for name in parts:
             if saved[name]:  # a scaler that is off leaves nothing to load
                 parts[name].load_state_dict(saved[name])
+        saved = None  # 5 GB for a ViT-L
     if cfg.compile or (cfg.compile is None and device.type == "cuda"):  # by block: compiles in seconds, not minutes
         for block in [*vit.blocks, *model.teacher["backbone"].blocks]:
             block.compile()
@@ -1038,7 +1064,7 @@ def train(cfg: Config) -> Path:
     size = sum(p.numel() for p in vit.parameters()) / 1e6
     journal.say(f"{cfg.arch}, {size:.1f}M parameters, on {len(patches)} patches of {len(patches.files)} images; "
                 f"{world} x {device.type}, {str(dtype)[6:]}", loaded or note)  # fmt: skip
-    journal.skip((saved["skipped"] if saved else {}) | patches.skipped, patches)
+    journal.skip(skipped | patches.skipped, patches)
     ideal = step_flops(cfg, model) / world / matmul_rate(device, dtype)  # seconds a step, were it all matrix products
     faults, bad_in_a_row, waited, began = {}, 0, 0.0, time.monotonic() - elapsed
     since, since_step = time.monotonic(), step
@@ -1101,7 +1127,7 @@ def train(cfg: Config) -> Path:
             if step % cfg.log_every == 0 or last:
                 journal.skip({k: v for share in gather(faults) for k, v in share.items()}, patches)
                 seconds, steps = time.monotonic() - since, step - since_step
-                eta = 60 * cfg.minutes - elapsed if cfg.minutes else seconds / steps * (cfg.iters - step)
+                eta = max(60 * cfg.minutes - elapsed, 0) if cfg.minutes else seconds / steps * (cfg.iters - step)
                 terms = " ".join(f"{name} {numbers[name]:.3f}" for name in losses)
                 entropy, of = numbers["teacher_entropy"], "" if cfg.minutes else f"/{cfg.iters}"
                 effective = f"rank {signs['rank']:.0f}/{vit.embed_dim}  " if signs else ""
@@ -1124,6 +1150,7 @@ def train(cfg: Config) -> Path:
         journal.say(f"done: {out / 'backbone.pth'} holds the teacher's backbone")
         if judges:
             journal.step({"step": step, **look(step)})
+            save()  # a run that goes on from here has to know the best
     return out / "backbone.pth"
 
 def demo(cfg: Config):
@@ -1154,7 +1181,9 @@ def main(argv: list[str] | None = None):
             train(cfg)
         else:
             demo(cfg)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            error = "the GPU's memory is too small: lower --batch-size, or try --checkpoint-activations"
         who = f"process {rank}: " if (rank := int(os.environ.get("RANK", 0))) else ""
         print(f"reddino.py: error: {who}{error}", file=sys.stderr, flush=True)
         sys.exit(2)

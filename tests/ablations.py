@@ -5,7 +5,7 @@
     python tests/ablations.py --chula CHULA --table       what is there, as a table
     python tests/ablations.py --chula CHULA --few out/backbone.pth      what it and labels are worth: see few
 
-CHULA holds smears/NNN.jpg and cells.csv (image,x,y,label). A run trains `nano` from scratch for --minutes on one core
+CHULA holds smears/NNN.jpg and cells.csv (image,x,y,label). A run trains a `nano` from scratch for --minutes on one core
 and is scored once: fit on the labels of the smears that it was trained on, asked on a block of smears that neither
 training nor the choice of any recipe has seen. Minutes are those that the core has worked for the run: what else the
 machine does takes none away. It can be stopped at any moment; the same command goes on, within a run too. Each finished
@@ -37,12 +37,14 @@ from augment import read_image
 LINES = Path(__file__).with_suffix(".jsonl")
 NEVER_SEEN = 3  # of five blocks of smears, by number: see block
 
-# What is changed in nano's recipe, and what it is compared with. `data`: smears, or single cells cut out of them.
+# The base is nano without pixel transforms, which are one of the questions, and with the KoLeo that suits it so. Below,
+# what each run changes. `data`: smears, or single cells cut out of them.
+BASE = dict(augment="reddino", transforms=0, koleo=0.2)
 RUNS = {
-    "nano": {},
+    "base": {},
     "KoLeo off": dict(koleo=0),
     "moving-average centering": dict(centering="moving-average"),
-    "32 transforms": dict(augment="reddino", transforms=4),
+    "32 transforms": dict(transforms=4),
     "DINOv2's transforms": dict(augment="dinov2"),
     "224-pixel patches": dict(patch_size=224, global_size=64),  # smaller cells than those scored: enlarged from 80
     "single cells": dict(data="cells"),
@@ -50,7 +52,7 @@ RUNS = {
     "no patch-token loss": dict(ibot=0),
 }
 
-PAIRS = (("32 transforms", "DINOv2's transforms"), ("224-pixel patches", "single cells"))  # beside each with nano
+PAIRS = (("32 transforms", "DINOv2's transforms"), ("224-pixel patches", "single cells"))  # beside each with base
 
 def block(image: str) -> int:
     """Of a smear, by the number in its name."""
@@ -96,7 +98,7 @@ def score(weights: str, size: int, cells: ev.Cells, parts: list) -> dict:
 
 def train(name: str, seed: int, minutes: float, folders: dict, out: Path) -> dict:
     """One run, or the rest of it: its recipe, its last step, where its backbone is."""
-    options = dict(RUNS[name])
+    options = BASE | RUNS[name]
     data, folder = folders[options.pop("data", "smears")], out / f"{name.replace(' ', '-')}-{minutes}-{seed}"
     command = [sys.executable, "-c", "import time; time.monotonic = time.process_time; import reddino; reddino.main()",
                "--data", data, "--out", folder, "--arch", "nano", "--minutes", minutes, "--seed", seed, "--workers", 0,
@@ -108,12 +110,12 @@ def train(name: str, seed: int, minutes: float, folders: dict, out: Path) -> dic
         raise RuntimeError(f"{name}, seed {seed}: {(run.stderr.strip() or 'without a word').splitlines()[-1]}")
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     rank = [step["rank"] for step in steps if step.get("rank")]
-    return dict(run=name, seed=seed, minutes=minutes, options=options, steps=len(steps),
+    return dict(run=name, seed=seed, minutes=minutes, options=RUNS[name], steps=len(steps),
                 dino=round(np.mean([step["dino"] or np.nan for step in steps[-20:]]), 3),
                 rank=round(rank[-1], 1) if rank else None, weights=str(folder / "backbone.pth"))
 
 def table(lines: list[dict], cells: ev.Cells, test: np.ndarray):
-    """Each run's mean and spread over seeds; mean differences from nano and of PAIRS, with intervals over smears."""
+    """Each run's mean and spread over seeds; mean differences from base and of PAIRS, with intervals over smears."""
     def again(line, how):  # weighted F1, and of each replicate: [1 + replicates]
         guess = np.array([ord(c) - 97 for c in line[how]["guess"]])
         judged = ev.judge(cells.label[test], np.eye(len(cells.classes))[guess], cells.group[test])
@@ -130,7 +132,7 @@ def table(lines: list[dict], cells: ev.Cells, test: np.ndarray):
         gap = np.mean(gaps, 0)
         return "{:.1f} [{:.1f}, {:.1f}]".format(gap[0], *np.percentile(gap[1:], [2.5, 97.5]))
 
-    print("| run | seeds | steps | dino | 20-NN | minus nano | linear probe | minus nano |\n" + "|---" * 8 + "|")
+    print("| run | seeds | steps | dino | 20-NN | minus base | linear probe | minus base |\n" + "|---" * 8 + "|")
     for name, own in runs.items():
         own = [*own.values()]
         row = [name, len(own), *(f"{np.mean([x[k] for x in own]):.{d}f}" if k in own[0] else ""
@@ -138,7 +140,7 @@ def table(lines: list[dict], cells: ev.Cells, test: np.ndarray):
         for how in ("20-NN", "linear"):
             f1 = [x[how][0] for x in own]
             row.append(f"{np.mean(f1):.1f}" + (f" ± {np.std(f1, ddof=1):.1f}" if len(f1) > 1 else ""))
-            row.append(minus(name, "nano", how))
+            row.append(minus(name, "base", how))
         print("| " + " | ".join(map(str, row)) + " |")
     for name, base in PAIRS:
         if {name, base} <= runs.keys():

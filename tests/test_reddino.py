@@ -347,6 +347,16 @@ def test_sinkhorn_knopp_of_equal_logits_is_uniform_and_of_nothing_is_nothing():
     assert reddino.sinkhorn_knopp(torch.zeros(0, 9), 0.04).shape == (0, 9)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_makes_no_target_and_no_neighbour_coarser(dtype):
+    generator = torch.Generator().manual_seed(0)
+    logits, alike = torch.randn(20, 64, generator=generator), torch.ones(32, 16) + 0.01 * torch.randn(32, 16)
+    plain = reddino.sinkhorn_knopp(logits, 0.1), reddino.koleo_loss(alike)
+    with torch.autocast("cpu", dtype):
+        assert (logits @ logits.T).dtype == dtype
+        torch.testing.assert_close((reddino.sinkhorn_knopp(logits, 0.1), reddino.koleo_loss(alike)), plain)
+
+
 def test_moving_average_centering_over_several_steps():
     center, batches = reddino.MovingAverage(5).double(), torch.randn(4, 6, 5, dtype=torch.float64) + 2
     for t, batch in enumerate(batches):
@@ -504,7 +514,7 @@ def plain_losses(cfg, model, global_views, local_views, masks, temp, centers=(0.
     dict(local_crops=0), dict(local_crops=1, koleo=0.1), dict(local_crops=3, separate_heads=True, ibot=0.7),
     dict(local_crops=1, centering="moving-average", koleo=0.3, student_temp=0.2, registers=2),
     dict(local_crops=2, centering="moving-average", separate_heads=True),
-    dict(local_crops=7),
+    dict(local_crops=7), dict(local_crops=1, local_size=32),
 ])  # fmt: skip
 @pytest.mark.parametrize("small", [10**9, 0])
 def test_the_total_is_the_plain_double_loop(options, small, monkeypatch):
@@ -519,7 +529,8 @@ def test_the_total_is_the_plain_double_loop(options, small, monkeypatch):
     for count in range(2):  # the second step has a center
         losses = step(model, global_views, local_views, masks, 0.3)
         taught = model.teach(global_views, local_views, masks, 0.3)
-        assert len(taught) == lessons + math.ceil(cfg.local_crops * lessons / 8)
+        share = (cfg.local_size / cfg.global_size) ** 2
+        assert len(taught) == lessons + min(math.ceil(cfg.local_crops * share * lessons / 2), cfg.local_crops)
         expected = plain_losses(cfg, model, global_views, local_views, masks, 0.3, centers)
         assert list(losses) == list(expected)
         for name in losses:

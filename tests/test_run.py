@@ -293,6 +293,7 @@ def test_features_are_scored_meanwhile_and_the_best_teacher_is_kept(images, tabl
                      crop=16, size=32, device="cpu", log=lambda text: None)  # fmt: skip
     judged = {row["weights"]: row["weighted_f1"] for row in table["rows"] if row["protocol"] == "20-NN"}
     assert judged["last"] == pytest.approx(found[10][0]) and judged["best"] == pytest.approx(max(found.values())[0])
+    assert checkpoint(tmp_path / "whole")["best"] == max(found.values())[0]  # the look at the end counts too
     said = capsys.readouterr().out
     assert all(f"20-NN weighted F1 {100 * a:.1f} {100 * b:.1f}" in said for a, b in found.values())
 
@@ -413,10 +414,30 @@ def test_options_that_make_another_run_are_named(images, tmp_path, capsys):
     assert checkpoint(out)["step"] == 4
 
 
+def test_a_power_cut_can_leave_zeros_in_the_metrics(images, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "out")
+    with open(tmp_path / "out" / "metrics.jsonl", "r+b") as file:
+        file.seek(-40, os.SEEK_END)
+        file.write(bytes(40))
+    go(images, tmp_path / "out", iters=12)
+    assert [json.loads(line)["step"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()][-2:] == [
+        10, 11]  # fmt: skip
+
+
+def test_one_folder_may_be_a_string_and_none_is_refused(tmp_path):
+    assert configure(data="smears", patch_size=48).data == ["smears"]
+    with pytest.raises(augment.UserError, match="--data"):
+        reddino.prepare(configure(out=str(tmp_path)), 1)
+
+
 def test_resume_from_a_path(images, whole, tmp_path, capsys):
     go(images, tmp_path / "out", resume=str(whole / "previous.pth"))
     assert_same(checkpoint(tmp_path / "out")["teacher"], checkpoint(whole)["teacher"])
     assert "no such file" in main(capsys, options(images, tmp_path / "x", resume=str(tmp_path / "none.pth")))
+    go(images, tmp_path / "other", iters=1)
+    before = (tmp_path / "other" / "checkpoint.pth").read_bytes()
+    assert "another --out" in main(capsys, options(images, tmp_path / "other", resume=str(whole / "previous.pth")))
+    assert (tmp_path / "other" / "checkpoint.pth").read_bytes() == before
     assert "--init" in main(capsys, options(images, tmp_path / "y", resume=str(whole / "backbone.pth")))
 
 
