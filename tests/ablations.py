@@ -115,7 +115,8 @@ def train(name: str, seed: int, minutes: float, folders: dict, out: Path) -> dic
                 rank=round(rank[-1], 1) if rank else None, weights=str(folder / "backbone.pth"))
 
 def table(lines: list[dict], cells: ev.Cells, test: np.ndarray):
-    """Each run's mean and spread over seeds; mean differences from base and of PAIRS, with intervals over smears."""
+    """Each run's mean and deviation over seeds; mean differences from base and of PAIRS, with intervals over smears and
+    seeds."""
     def again(line, how):  # weighted F1, and of each replicate: [1 + replicates]
         guess = np.array([ord(c) - 97 for c in line[how]["guess"]])
         judged = ev.judge(cells.label[test], np.eye(len(cells.classes))[guess], cells.group[test])
@@ -126,11 +127,15 @@ def table(lines: list[dict], cells: ev.Cells, test: np.ndarray):
         runs.setdefault(line["run"], {})[line["seed"]] = line | {how: again(line, how) for how in ("20-NN", "linear")}
 
     def minus(name, base, how):
-        gaps = [own[how] - runs[base][seed][how] for seed, own in runs[name].items() if seed in runs.get(base, {})]
+        own, others = runs[name], runs.get(base, {})
+        own = dict.fromkeys(others, own[0]) if name in ("pixels", "colour") else own  # which know no seed
+        gaps = [own[seed][how] - others[seed][how] for seed in own if seed in others]
         if name == base or not gaps:
             return ""
-        gap = np.mean(gaps, 0)
-        return "{:.1f} [{:.1f}, {:.1f}]".format(gap[0], *np.percentile(gap[1:], [2.5, 97.5]))
+        gaps = np.array(gaps)  # [seeds, 1 + replicates of the smears]; of the seeds as many are drawn each time, too
+        drawn = np.random.default_rng(0).integers(len(gaps), size=(gaps.shape[1] - 1, len(gaps)))
+        again = gaps[drawn, np.arange(1, gaps.shape[1])[:, None]].mean(1)
+        return "{:.1f} [{:.1f}, {:.1f}]".format(gaps[:, 0].mean(), *np.percentile(again, [2.5, 97.5]))
 
     print("| run | seeds | steps | dino | 20-NN | minus base | linear probe | minus base |\n" + "|---" * 8 + "|")
     for name, own in runs.items():
