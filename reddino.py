@@ -478,11 +478,11 @@ def sinkhorn_knopp(logits: Tensor, temp: float, n_iters: int = 3) -> Tensor:
     top = all_reduce(logits.amax() if len(logits) else logits.new_tensor(-math.inf), dist.ReduceOp.MAX)
     # All divisions so far are one factor for each row and one for each column: two vectors, and [R, K] stays as it is.
     q, row, largest = torch.sub(logits, top).div_(temp).exp_(), logits.new_ones(len(logits), 1), logits.new_zeros(())
-    for _ in range(n_iters):
-        with exactly(q):
+    with exactly(q):
+        for _ in range(n_iters):
             column = 1 / all_reduce(row.T @ q)  # [1, K]
             row = 1 / (q @ column.T)  # [R, 1]
-        largest = torch.maximum(largest, column.amax())  # a row that overflows shows in the next column
+            largest = torch.maximum(largest, column.amax())  # a row that overflows shows in the next column
     if largest < 1e30:  # columns are the same in all processes, so all go the same way; the last row is one's own
         return q.mul_(row).mul_(column) if (row < 1e30).all() else F.softmax(logits / temp + column.log(), dim=1)
     log_q = logits / temp  # what leaves float32's range there stays finite in the log domain, which takes longer

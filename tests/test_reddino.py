@@ -350,7 +350,8 @@ def test_sinkhorn_knopp_of_equal_logits_is_uniform_and_of_nothing_is_nothing():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_makes_no_target_and_no_neighbour_coarser(dtype):
     generator = torch.Generator().manual_seed(0)
-    logits, alike = torch.randn(20, 64, generator=generator), torch.ones(32, 16) + 0.01 * torch.randn(32, 16)
+    logits, noise = torch.randn(20, 64, generator=generator), torch.randn(32, 16, generator=generator)
+    alike = 1 + 0.01 * noise
     plain = reddino.sinkhorn_knopp(logits, 0.1), reddino.koleo_loss(alike)
     with torch.autocast("cpu", dtype):
         assert (logits @ logits.T).dtype == dtype
