@@ -1,0 +1,301 @@
+"""All that is drawn: eval.py's figures, the demo's and the course's, the gallery of transforms.
+
+    python figures.py SMEAR.jpg -o gallery.png --seed 0     every transform by name on that image
+    python figures.py SLICE.npy --augment ct --window 40 400
+
+Without pyplot, which would change a notebook's settings. Colours are Okabe and Ito's (2008), which
+everyone can tell apart; a shape or a line says the same once more.
+"""
+import argparse
+import importlib.util
+import itertools
+import json
+import math
+import os
+import random
+import re
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from augment import (
+    GROUPS,
+    RECIPES,
+    BadImage,
+    MultiCrop,
+    UserError,
+    apply_window,
+    check_window,
+    read_image,
+    sample_rng,
+)
+from cells import Cells, crops_of, network_input, printable, read_cells
+from eval import DRAWS, SHOTS, VisionTransformer, extract_features, load_backbone
+
+COLOURS = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#000000"]
+MARKS = list(zip("oXs*^PvD" * 7, COLOURS * 8))  # 56 different ones
+
+def figure_of(draw, *given, **options) -> Figure:
+    """What draw(figure, ...) draws; a notebook shows it: figure_of(tiles, [images], [captions])."""
+    figure = Figure(layout="constrained")
+    with matplotlib.rc_context({"text.parse_math": False}):  # a label may hold a $
+        draw(figure, *given, **options)
+    return figure
+
+def save(path, draw, *given, log=print):
+    """A PNG. One that fails is a line of the log and costs nothing else."""
+    try:
+        figure_of(draw, *given).savefig(path, dpi=150)
+    except Exception as error:  # whatever a label or a number does to matplotlib
+        log(f"{path} is not drawn: {printable(error, 200)}")
+
+# --------------------------------------------------------------------------------------------------
+# eval.py's figures.
+
+def draw_figures(folder, results: dict, features: dict, backbones: dict, cells: Cells, seed: int,
+                 log=print):
+    """PNGs in `folder`: few-shot curves; of each backbone confusion, a map of cells, a smear."""
+    def draw(title, function, *given):
+        name = re.sub(r"\W+", "_", printable(title, 100)) + ".png"
+        save(os.path.join(folder, name), function, *given, log=log)
+
+    if any("shots" in row for row in results["rows"]):
+        draw("few-shot", few_shot_curves, results["rows"])
+    for label, backbone in backbones.items():
+        own = [row for row in results["rows"] if row["weights"] == label and "confusion" in row]
+        if own:
+            draw(f"confusion {label}", confusion_matrix, own[-1], cells.classes)
+        draw(f"map {label}", maps, label, features[label].numpy(), cells, seed)
+        if isinstance(backbone, VisionTransformer):
+            image = read_image(cells.files[0], window=cells.window)
+            title = f"{label}: {os.path.basename(cells.files[0])}"
+            draw(f"smear {label}", panels, title, smear(backbone, image, results["crop"]))
+
+def few_shot_curves(figure, rows: list[dict]):
+    axes, points = figure.subplots(), {}
+    for row in rows:
+        if "shots" in row:
+            point = row["shots"], 100 * row["weighted_f1"], 100 * row["deviation"]["weighted_f1"]
+            points.setdefault(row["weights"], []).append(point)
+    for (label, own), (marker, colour) in zip(points.items(), MARKS):
+        n, mean, deviation = np.array(own).T
+        axes.semilogx(n, mean, label=printable(label, 40), marker=marker, color=colour)
+        axes.fill_between(n, mean - deviation, mean + deviation, alpha=0.15, color=colour)
+    axes.minorticks_off()
+    axes.set(xticks=SHOTS, xticklabels=SHOTS, xlabel="labelled cells of each class",
+             ylabel="weighted F1, %",
+             title=f"Few-shot linear probe: mean and standard deviation of {DRAWS} draws")
+    axes.legend()
+
+def confusion_matrix(figure, row: dict, classes: list[str]):
+    counts, names = np.array(row["confusion"]), [printable(c, 30) for c in classes]
+    share, side = counts / counts.sum(1, keepdims=True).clip(1), 3.5 + 0.45 * len(names)
+    figure.set_size_inches(side + 0.5, side)
+    axes = figure.subplots()
+    shades = axes.imshow(share, cmap="Greys", vmin=0, vmax=1)
+    figure.colorbar(shades, label="share of the true class (numbers: cells)", shrink=0.8)
+    for (i, j), n in np.ndenumerate(counts):
+        colour = "white" if share[i, j] > 0.5 else "black"
+        axes.text(j, i, n, ha="center", va="center", size=7, color=colour)
+    axes.set_xticks(range(len(names)), names, rotation=90)
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel="predicted", ylabel="true")
+    figure.suptitle(f"{printable(row['weights'])}: {row['protocol']}, {row['split']}", size=10)
+
+def maps(figure, label: str, x: np.ndarray, cells: Cells, seed: int):
+    """Up to 3,000 cells in two dimensions: PCA, which keeps distances, and where scikit-learn is
+    installed t-SNE, which keeps neighbours; coloured by class and, beside it, by source."""
+    some, by = np.random.default_rng(seed).permutation(len(x))[:3000], {}
+    ways, by["class"] = {"PCA": principal(x[some], 2)}, (cells.label, cells.classes)
+    if len(some) >= 50 and importlib.util.find_spec("sklearn"):
+        from sklearn.manifold import TSNE
+        ways["t-SNE"] = TSNE(random_state=seed).fit_transform(x[some])
+    if cells.sources:
+        by["source"] = (cells.source, cells.sources)
+    figure.set_size_inches(8 * len(by), 6 * len(ways))
+    grid = figure.subplots(len(ways), len(by), squeeze=False).flat
+    for axes, (way, what) in zip(grid, itertools.product(ways, by)):
+        index, names = by[what]
+        for i, (name, (marker, colour)) in enumerate(zip(names, itertools.cycle(MARKS))):
+            axes.scatter(*ways[way][index[some] == i].T, s=12, label=printable(name, 30),
+                         marker=marker, color=colour, linewidths=0)
+        title = f"{printable(label)}: {way} of {len(some):,} cells, by {what}"
+        axes.set(title=title, xticks=[], yticks=[])
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2)
+
+def principal(x: np.ndarray, n: int) -> np.ndarray:
+    """The first n principal components of [N, D], [N, n]."""
+    u, s, _ = np.linalg.svd(x - x.mean(0), full_matrices=False)
+    return u[:, :n] * s[:n]
+
+@torch.inference_mode()
+def smear(backbone: VisionTransformer, image: np.ndarray, crop: int | None = None) -> dict:
+    """Pictures by name: an image [H, W, 3] (1,024 pixels of it: a slide would take hours), three
+    principal components of its patch tokens as colours [h, w, 3], the class token's attention in
+    the last block by head [h, w]. crop: shrink it as squares of this side are for scores."""
+    image, patch, attn = image[:1024, :1024], backbone.patch_size, backbone.blocks[-1].attn
+    scale = min(1, backbone.size / (crop or backbone.size))
+    scale = max(scale, backbone.size / min(image.shape[:2]))
+    rows, columns = (int(n * scale) // patch for n in image.shape[:2])
+    x = torch.from_numpy(image).permute(2, 0, 1)[None]
+    x, seen = network_input(x, (rows * patch, columns * patch), backbone.device), []
+    with attn.qkv.register_forward_hook(lambda module, given, out: seen.append(out[0])):
+        tokens = principal(backbone.forward_features(x)[1][0].cpu().numpy(), 3)
+    q, k, _ = seen[0].unflatten(1, (3, attn.heads, -1)).permute(1, 2, 0, 3)  # [heads, N, D / heads]
+    look = (q[:, :1] @ k.transpose(1, 2) / q.shape[-1] ** 0.5).softmax(-1)
+    low, high = np.percentile(tokens, [1, 99], axis=0)
+    colours = ((tokens - low) / (high - low)).clip(0, 1)
+    pictures = {"image": image, "patch tokens, PCA as RGB": colours.reshape(rows, columns, 3)}
+    for i, head in enumerate(look[:, 0, -rows * columns:].cpu().numpy(), 1):
+        name = f"attention of head {i}, {100 * head.min():.2f} to {100 * head.max():.2f}% a patch"
+        pictures[name] = head.reshape(rows, columns)
+    return pictures
+
+def panels(figure, title: str, pictures: dict[str, np.ndarray], wide: int = 2):
+    """Pictures with their names, so many in a row."""
+    high, (height, width) = math.ceil(len(pictures) / wide), next(iter(pictures.values())).shape[:2]
+    figure.set_size_inches(11, 0.8 + 11 / wide * high * height / width)
+    figure.suptitle(printable(title, 100))
+    for i, (name, picture) in enumerate(pictures.items(), 1):
+        axes = figure.add_subplot(high, wide, i, title=name, xticks=[], yticks=[])
+        axes.imshow(picture, vmax=np.percentile(picture, 99))  # one patch may draw most attention
+
+# --------------------------------------------------------------------------------------------------
+# The demo and the course: what training changed.
+
+def tiles(figure, rows: list[list], captions=(), frames=(), size: float = 0.75) -> np.ndarray:
+    """Images, uint8 [H, W] or [H, W, 3], in rows (None: a gap), captions below or none; frames
+    {(row, column): right or not} are thick blue or dotted orange. Returns the axes."""
+    columns, high = max(map(len, rows)), size * (1.25 if captions else 1)
+    figure.set_size_inches(size * columns, high * len(rows) + 0.6)
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    for (r, c), axes in np.ndenumerate(grid):
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible((r, c) in frames)
+        if c < len(rows[r]) and rows[r][c] is not None:
+            axes.imshow(rows[r][c], cmap="gray", vmin=0, vmax=255)
+            axes.set_xlabel(printable(captions[r][c], 30) if captions else "", size=7)
+        if (r, c) in frames:
+            right = frames[r, c]
+            axes.spines[:].set(linewidth=3 if right else 1.5, linestyle="-" if right else ":",
+                               color=COLOURS[0] if right else COLOURS[4], capstyle="butt")
+    return grid
+
+def neighbours(x: torch.Tensor, query: int, group: np.ndarray, k: int = 8) -> np.ndarray:
+    """The k cells nearest to one by cosine, of features [n, D], among those of other groups."""
+    cosine = torch.cosine_similarity(x, x[query:query + 1])
+    cosine[torch.from_numpy(group == group[query])] = -2
+    return cosine.topk(k).indices.numpy()
+
+def neighbour_rows(figure, cells: Cells, crops: np.ndarray, features: dict, seed=0, k=8):
+    """A row for each class, at most 12: a cell, and its nearest neighbours by each of features."""
+    rng, rows, frames = np.random.default_rng(seed), [], {}
+    for r, c in enumerate(range(min(len(cells.classes), 12))):
+        query = rng.choice(np.flatnonzero(cells.label == c))
+        rows.append([crops[query]])
+        for x in features.values():
+            rows[r].append(None)
+            for n in neighbours(x, int(query), cells.group, k):
+                frames[r, len(rows[r])] = bool(cells.label[n] == c)
+                rows[r].append(crops[n])
+    grid = tiles(figure, rows, frames=frames)
+    for axes, name in zip(grid[:, 0], cells.classes):
+        axes.set_ylabel(printable(name, 20), rotation=0, ha="right", va="center", size=8)
+    for i, name in enumerate(features):
+        first = 2 + i * (k + 1)
+        right = np.mean([frames[r, c] for r, c in frames if first <= c < first + k])
+        grid[0, first + k // 2].set_title(f"{name}: {100 * right:.0f}% of its class", size=9)
+    grid[0, 0].set_title("a cell", size=9)
+    figure.suptitle(f"Its nearest neighbours among cells of other {cells.by}s. Frame: thick blue, "
+                    "of the same class; dotted orange, of another", size=10)
+
+def curves(figure, path):
+    """Of a metrics.jsonl: the loss, smoothed, and below it the scores of --eval-data."""
+    lines = [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
+    names = ["loss", *sorted({k for line in lines for k in line if k.startswith("knn")})]
+    figure.set_size_inches(7, 5.5)
+    loss, knn = figure.subplots(2, sharex=True)
+    for name, (marker, colour) in zip(names, MARKS):
+        own = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+        step, value = np.array(own, float).T
+        if name == "loss":
+            width = 1 + len(own) // 50
+            value = np.convolve(value, np.ones(width) / width, "valid")
+            loss.plot(step[width - 1:], value, color=colour)
+        else:
+            knn.plot(step, 100 * value, label=name, color=colour, marker=marker)
+            knn.legend()
+    loss.set(title=f"Training: {len(lines):,} steps", ylabel="loss, nats")
+    knn.set(xlabel="step", ylabel="20-NN, weighted F1, %")
+
+def demo_figures(out, table, untrained, trained, crop: int = 80, device="auto", log=print) -> list:
+    """neighbours.png, tokens.png and, of OUT/metrics.jsonl, curves.png in the folder `out`: their
+    paths. table: labelled cells that training has not seen; untrained, trained: as --weights."""
+    out, cells = Path(out), read_cells(str(table))
+    names = {"before training": untrained, "after training": trained}
+    backbones = {name: load_backbone(path, device=device) for name, path in names.items()}
+    crops = torch.cat(list(crops_of(cells, crop, 224)))
+    features = {name: extract_features(b, crops) for name, b in backbones.items()}
+    pixels = crops.permute(0, 2, 3, 1).numpy()
+    save(out / "neighbours.png", neighbour_rows, cells, pixels, features, log=log)
+    image = read_image(cells.files[0])
+    colours = {n: list(smear(b, image, crop).values())[1] for n, b in backbones.items()}
+    title = "Patch tokens, their principal components as colours: alike to the network, alike here"
+    save(out / "tokens.png", panels, title, {"image": image} | colours, 3, log=log)
+    save(out / "curves.png", curves, out / "metrics.jsonl", log=log)
+    paths = [out / f"{name}.png" for name in ("neighbours", "tokens", "curves")]
+    return [path for path in paths if path.is_file()]
+
+# --------------------------------------------------------------------------------------------------
+# The gallery of transforms.
+
+def gallery(figure, tile: np.ndarray, recipe: str = "reddino", seed: int = 0, window=None):
+    """Every transform by name on a tile [h, w, 3] (or values [h, w]), a row for each group."""
+    def shown(image):
+        return image if image.dtype == np.uint8 else apply_window(image, *window or (40, 400))
+
+    views = ("first global view", "second global view", "local view")
+    groups = dict(zip(views, MultiCrop(recipe, window=window).recipe)) or GROUPS
+    rows, captions = [], []
+    for r, transforms in enumerate(groups.values()):
+        rows.append([shown(tile)])
+        captions.append(["before"])
+        before = tile
+        for c, transform in enumerate(transforms):
+            rng = sample_rng(seed, r, c)
+            transform.set_random_state(rng, random.Random(int(rng.integers(2**62))))
+            after = transform(image=before, force_apply=True)["image"]
+            rows[r].append(shown(after))
+            captions[r].append(getattr(transform, "function", type(transform)).__name__)
+            before = after if after.dtype != before.dtype else before  # what follows needs 8 bits
+    grid = tiles(figure, rows, captions, size=1.6)
+    for axes, title in zip(grid[:, 0], groups):
+        axes.set_title(title, size=9, loc="left")
+    figure.suptitle(f"--augment {recipe}, seed {seed}: every pixel transform by name")
+
+def main(argv: list[str] | None = None):
+    parser = argparse.ArgumentParser(description="Draw every transform by name on an image.")
+    parser.add_argument("image")
+    parser.add_argument("-o", "--out", default="gallery.png")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--augment", choices=RECIPES, default="reddino")
+    parser.add_argument("--window", nargs=2, type=float, metavar=("LEVEL", "WIDTH"))
+    parser.error = lambda text: parser.exit(2, f"figures.py: error: {printable(text, 2000)}\n")
+    args = parser.parse_args(argv)
+    try:
+        check_window(args.window)
+        image = read_image(args.image, window=args.window, raw=args.augment == "ct")
+        whole = args.augment in ("ct", "mri", "xray")  # anatomy is looked at as a whole
+        side = min(image.shape[:2]) if whole else 224
+        y, x = (max(0, (n - side) // 2) for n in image.shape[:2])
+        tile = image[y:y + side, x:x + side]
+        figure = figure_of(gallery, tile, args.augment, args.seed, args.window)
+        figure.savefig(args.out, dpi=120)
+    except (UserError, BadImage, OSError, ValueError) as error:  # ValueError: an --out of no kind
+        parser.error(error)
+
+if __name__ == "__main__":
+    main()
