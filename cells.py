@@ -55,6 +55,7 @@ class Cells:
     source: np.ndarray | None = None  # index into sources
     sources: list[str] = field(default_factory=list)
     split: np.ndarray | None = None  # "train" or "test"
+    split_by: str = "the CSV's split"  # or the folders'
     study: np.ndarray | None = None  # index into studies, the labels of groups
     studies: list[str] = field(default_factory=list)
     place: np.ndarray | None = None  # grows along the slices of a group
@@ -70,12 +71,13 @@ def csv_rows(path: str, log) -> list[dict]:
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
+            given = reader.fieldnames or [""]
             rows = [{**row, "line": reader.line_num} for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} can't be read as a CSV in UTF-8: {error}") from None
-    given = reader.fieldnames or [""]
     if len(given) == 1 and re.search("[;\t]", given[0]):
-        raise UserError(f"{path}, line 1: columns have to be separated by commas")
+        raise UserError(f"{path}, line 1: columns have to be separated by commas, not "
+                        "semicolons or tabs")
     names = {name: re.sub(r"\W+", "_", name.strip().lower()) for name in given}
     names = {name: re.sub("^([xy])_(min|max)$", r"\1\2", plain) for name, plain in names.items()}
     columns = list(names.values())
@@ -84,6 +86,8 @@ def csv_rows(path: str, log) -> list[dict]:
         if columns.count(name) != 1:
             raise UserError(f"{path}: no column {name}, or two; it needs image,label and, for "
                             "cells in images, x,y or xmin,xmax,ymin,ymax")
+    if not where and (half := set(columns) & set(sum(CENTRES[1:], ())) - {"width", "height"}):
+        raise UserError(f"{path}: {min(half)} alone: a box needs xmin, xmax, ymin, ymax")
     if where == CENTRES[0] and {"width", "height"} <= set(columns):
         raise UserError(f"{path}: are x, y the middle of width, height? Then take these out. A "
                         "corner is called xmin, ymin")
@@ -110,6 +114,8 @@ def checked(row: dict, names: dict, where: tuple, path: str) -> dict:
         x, x2, y, y2 = place
         place = [x + x2 / 2, y + y2 / 2] if "width" in where else [(x + x2) / 2, (y + y2) / 2]
     values["image"] = os.path.join(os.path.dirname(path), values["image"])
+    if not os.path.lexists(values["image"]):
+        values["image"] = values["image"].replace("\\", "/")  # a path from Windows
     if not os.path.lexists(values["image"]):
         raise UserError(f"{line}: image is {values['image']}, which is not there")
     return values | {"centre": place}
@@ -200,8 +206,9 @@ def read_cells(data: str, drop_labels=(), window=None, log=quiet) -> Cells:
         """Its different values, and the index of each cell's."""
         if name not in rows[0]:
             return [], None
-        values, index = np.unique([row[name] for row in rows], return_inverse=True)
-        return values.tolist(), index
+        values = sorted({row[name] for row in rows})
+        numbers = {value: i for i, value in enumerate(values)}
+        return values, np.array([numbers[row[name]] for row in rows])
 
     (files, file), (classes, label), (sources, source) = map(column, ("image", "label", "source"))
     (slices, place), (studies, study) = column("slice"), column("study_label")
@@ -221,8 +228,9 @@ def read_cells(data: str, drop_labels=(), window=None, log=quiet) -> Cells:
         raise UserError(f"{data}: study_label has two values in one group")
     content = repr([(row["content"], *row["centre"]) for row in rows])
     digest = hashlib.sha256(content.encode()).hexdigest()
+    split_by = "the folders' split" if os.path.isdir(data) else "the CSV's split"
     return Cells(files, file, centre, label, classes, image, group, by, source, sources, split,
-                 study, studies, place if slices else file, skipped, digest, window)
+                 split_by, study, studies, place if slices else file, skipped, digest, window)
 
 # --------------------------------------------------------------------------------------------------
 # Crops. Threads decode the files, each once for all of its cells.
@@ -302,7 +310,7 @@ def make_splits(cells: Cells, folds: int, seed: int, log=print) -> dict[str, lis
     learn = ask = np.ones(len(fold), bool)
     if cells.split is not None:
         learn, ask = cells.split == "train", cells.split == "test"
-        tests = [("the data's split", ask)]
+        tests = [(cells.split_by, ask)]
     for s in range(len(cells.sources) if len(cells.sources) > 1 else 0):
         tests.append(("one source left out", cells.source == s))
     for name, part in tests:
@@ -316,6 +324,9 @@ def make_splits(cells: Cells, folds: int, seed: int, log=print) -> dict[str, lis
     if not splits:
         raise UserError("no way of splitting leaves cells to train on and others to test on; add "
                         "images")
+    for c, name in enumerate(cells.classes):
+        if cells.split is None and len({*cells.group[cells.label == c]}) == 1:
+            log(f"class {name!r} is in one {cells.by} only: it is never both learnt and tested")
     for name, parts in splits.items():
         n = len({*cells.group[np.concatenate([test for _, test in parts])]})
         if n < 10:
