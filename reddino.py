@@ -577,22 +577,23 @@ def sinkhorn_knopp(logits: Tensor, temp: float, n_iters: int = 3) -> Tensor:
 
 class MovingAverage(nn.Module):
     """DINO's centering: softmax((logits - center) / temp), the center a running mean of logits. A
-    batch is centred with what was known before it; one that is not finite leaves no trace."""
+    batch is centred with what was known before it: `update` comes after the step, if it counts."""
 
     def __init__(self, prototypes: int, momentum: float = 0.9):
         super().__init__()
         self.momentum = momentum
         self.register_buffer("center", torch.zeros(1, prototypes))
 
-    @torch.no_grad()
-    def forward(self, logits: Tensor, temp: float) -> Tensor:
+    def forward(self, logits: Tensor, temp: float) -> tuple[Tensor, Tensor]:
+        """Teacher logits [R, K] to targets [R, K] and their mean [1, K] over all processes' rows."""
         logits = widen(logits)
-        targets = F.softmax((logits - self.center) / temp, dim=-1)
         rows = all_reduce(logits.new_tensor(float(len(logits))))
-        mean = all_reduce(logits.sum(0, keepdim=True)) / rows.clamp_min(1)  # over all rows
-        mean = torch.where(mean.isfinite().all(), mean, self.center)
+        mean = all_reduce(logits.sum(0, keepdim=True)) / rows.clamp_min(1)
+        return F.softmax((logits - self.center) / temp, dim=-1), mean
+
+    @torch.no_grad()
+    def update(self, mean: Tensor):
         self.center.lerp_(mean.to(self.center.dtype), 1 - self.momentum)
-        return targets
 
 # --------------------------------------------------------------------------------------------------
 # Losses. Two are cross-entropies between the teacher's targets t and the student's softmax,
@@ -714,11 +715,12 @@ class DINO(nn.Module):
         heads = {name: DINOHead(vit.embed_dim, cfg.prototypes, **sizes) for name in names}
         return nn.ModuleDict({"backbone": vit} | heads)
 
-    def targets(self, logits: Tensor, temp: float, kind: str) -> Tensor:
-        """Teacher logits [R, K] of one kind of token, "cls" or "patch", to targets [R, K]."""
+    def targets(self, logits: Tensor, temp: float, kind: str) -> tuple[Tensor, Tensor | None]:
+        """Teacher logits [R, K] of one kind of token, "cls" or "patch", to targets [R, K]; and what
+        update_teacher wants to know of them."""
         if self.centers:
             return self.centers[kind](logits, temp)
-        return sinkhorn_knopp(logits, temp)
+        return sinkhorn_knopp(logits, temp), None
 
     @torch.no_grad()
     def teacher_targets(self, batch: list[tuple], temp: float) -> tuple[list[tuple], dict]:
@@ -731,12 +733,15 @@ class DINO(nn.Module):
             masked.append(patches.flatten(0, 1)[index])  # [M, D]
         tokens = torch.cat(cls)
         logits = self.teacher["dino_head"](tokens.flatten(0, 1))  # [B G, K]
-        targets = self.targets(logits, temp, "cls").unflatten(0, tokens.shape[:2])
+        targets, mean = self.targets(logits, temp, "cls")
+        targets = targets.unflatten(0, tokens.shape[:2]).split([len(c) for c in cls])
         patch_logits = self.teacher[self.patch_head](torch.cat(masked))
-        patch_targets = self.targets(patch_logits, temp, "patch").split([len(m) for m in masked])
+        patch_targets, patch_mean = self.targets(patch_logits, temp, "patch")
+        patch_targets = patch_targets.split([len(m) for m in masked])
         entropy = torch.special.entr(F.softmax(widen(logits) / temp, dim=1)).sum(1).mean()
-        signs = {"cls": tokens, "nearest": logits.argmax(1), "entropy": entropy}
-        return list(zip(targets.split([len(c) for c in cls]), patch_targets)), signs
+        signs = {"cls": tokens, "nearest": logits.argmax(1), "entropy": entropy,
+                 "means": (mean, patch_mean)}
+        return list(zip(targets, patch_targets)), signs
 
     def forward(self, global_views, local_views, masks, masked, weights, targets, patch_targets):
         """The student's losses on a micro-batch, by name; their sum is what is minimised. A new
@@ -756,10 +761,13 @@ class DINO(nn.Module):
         return losses
 
     @torch.no_grad()
-    def update_teacher(self, momentum: float):
-        """teacher = momentum * teacher + (1 - momentum) * student, in a few fused kernels."""
+    def update_teacher(self, momentum: float, means=()):
+        """teacher = momentum * teacher + (1 - momentum) * student, in a few fused kernels; and the
+        centers, by the means of the step's logits."""
         teacher, student = list(self.teacher.parameters()), list(self.student.parameters())
         torch._foreach_lerp_(teacher, student, 1 - momentum)
+        for center, mean in zip(self.centers.values(), means):
+            center.update(mean)
 
 # --------------------------------------------------------------------------------------------------
 # Optimiser and schedules: AdamW; a half cosine for the learning rate after a linear warm-up, for
@@ -1220,7 +1228,7 @@ def train(cfg: Config, monitor=None) -> Path:
             finite = all(map(math.isfinite, numbers.values()))
             if finite:
                 scaler.step(optimizer)
-                model.update_teacher(now["momentum"])
+                model.update_teacher(now["momentum"], signs["means"])
                 watch.note(signs)
                 bad_in_a_row = 0
             else:
