@@ -1116,14 +1116,22 @@ def train(cfg: Config, monitor=None) -> Path:
     monitor(backbone, device) gives numbers by name at each checkpoint, on rank 0.
     Raises UserError for what the user can mend, SystemExit(128 + signal) after a signal.
     """
-    # --- machine, data, networks, optimiser: the same in all processes
     device, dtype = choose_device(cfg)
     rank, world = start_processes(device)
     if cfg.batch_size % (world * cfg.accumulate):
         raise UserError(f"--batch-size {cfg.batch_size} can't be shared by {world} processes in "
                         f"{cfg.accumulate} micro-batches: choose a multiple")
-    out, locked = Path(cfg.out), []  # the lock holds as long as this list
-    from_rank_0(lambda: locked.append(lock(cfg.out)))
+    locks = []
+    try:
+        from_rank_0(lambda: locks.append(lock(cfg.out)))
+        return train_in(Path(cfg.out), cfg, monitor, device, dtype, rank, world)
+    finally:
+        for file in locks:
+            file.close()
+
+def train_in(out: Path, cfg: Config, monitor, device, dtype, rank: int, world: int) -> Path:
+    """The run itself, in a folder that is its own."""
+    # --- data, networks, optimiser: the same in all processes
     tiles, files = from_rank_0(lambda: find_tiles(cfg))
     floats = torch.float64 if dtype == torch.float64 else torch.float32  # of the parameters
     torch.manual_seed(cfg.seed)

@@ -88,7 +88,7 @@ def stress(folder: Path, rounds: int, seed: int = 0, say=print) -> dict:
         say(f"round {n + 1}: killed while {kind}, {len(lines(out))} steps written (before: {before}), "
             f"checkpoint of step {after}, all gone after {took:.1f} s")  # fmt: skip
     assert start(data, out, iters).wait(3600) == 0, (folder / "out.log").read_text()[-3000:]
-    of_the_process = {"seconds", "rank", "std", "in_use"}  # the clock, and signs from the last 2,048 tokens it has seen
+    of_the_process = {"seconds", "rank", "std", "in_use", "match"}  # the clock, and signs from the last 2,048 tokens it has seen
     ours, theirs = ([{k: v for k, v in json.loads(line).items() if k not in of_the_process} for line in lines(o)]
                     for o in (out, whole))  # fmt: skip
     assert [line["step"] for line in ours] == list(range(iters))
