@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 from cells import Cells, network_input
 from eval import extract_features, held_out, weighted_f1
 
+FEW = 8  # times the lr of all weights, for heads and adapters alone (drawn stripes: of 2 to 20)
 
 class LowRank(nn.Module):
     """LoRA (Hu et al. 2021): a fixed W + up @ down, of rank 8. up is 0 at first."""
@@ -30,7 +31,7 @@ class LowRank(nn.Module):
 def trained_parts(net: nn.Module, kind: str, lr: float, decay: float = 0.75) -> list[dict]:
     """What the optimiser trains of a backbone. full: all, a block's lr `decay` times that of the
     block above, as in BEiT and MAE: what is near the pixels is general. lora: adapters of qkv and
-    proj, at 4 lr. head: nothing."""
+    proj, at FEW lr. head: nothing."""
     net.requires_grad_(kind == "full")
     if kind == "lora":
         for attn in [block.attn for block in net.blocks]:
@@ -40,10 +41,15 @@ def trained_parts(net: nn.Module, kind: str, lr: float, decay: float = 0.75) -> 
     for name, p in net.named_parameters():
         number = re.match(r"blocks\.(\d+)", name)
         layer = int(number[1]) + 1 if number else top * name.startswith("norm")  # 0: the patches
-        rate = decay ** (top - layer) if kind == "full" else 4
+        rate = decay ** (top - layer) if kind == "full" else FEW
         if p.requires_grad:
             parts.append({"params": [p], "lr": lr * rate})
     return parts
+
+def merge(net: nn.Module):
+    """Adapters into the weights: a network like any other."""
+    for layer in [layer for layer in net.modules() if parametrize.is_parametrized(layer)]:
+        parametrize.remove_parametrizations(layer, "weight")
 
 def fine_tune(backbone, crops: Tensor, cells: Cells, train: np.ndarray, test: np.ndarray,
               kind="full", seed=0, epochs=30, lr=5e-4, patience=5, log=print) -> tuple:
@@ -60,7 +66,8 @@ def fine_tune(backbone, crops: Tensor, cells: Cells, train: np.ndarray, test: np
     held = held_out(cells.group[train], truth[train], seed)
     fit, check = train[~held], train[held] if held.any() else train
     head = nn.Linear(extract_features(net, crops[:1]).shape[1], len(cells.classes)).to(device)
-    parts = [{"params": [p]} for p in head.parameters()] + trained_parts(net, kind, lr)
+    rate = lr if kind == "full" else FEW * lr
+    parts = [{"params": [p], "lr": rate} for p in head.parameters()] + trained_parts(net, kind, lr)
     optimizer = torch.optim.AdamW(parts, lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     half = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere
@@ -89,6 +96,5 @@ def fine_tune(backbone, crops: Tensor, cells: Cells, train: np.ndarray, test: np
             took = f"{time.monotonic() - began:.0f} s each"
             log(f"fine-tuning ({kind}), {len(fit):,} cells: {epochs} epochs or fewer, {took}")
     both.load_state_dict(kept)
-    for layer in [layer for layer in net.modules() if parametrize.is_parametrized(layer)]:
-        parametrize.remove_parametrizations(layer, "weight")
+    merge(net)
     return answers(test), net, sum(part["params"][0].numel() for part in parts)
