@@ -59,8 +59,8 @@ def draw_figures(folder, results: dict, features: dict, backbones: dict, cells: 
                  log=print):
     """PNGs in `folder`: few-shot curves; of each backbone confusion, a map of cells, a smear."""
     def draw(title, function, *given):
-        name = re.sub(r"\W+", "_", printable(title, 100)) + ".png"
-        save(os.path.join(folder, name), function, *given, log=log)
+        name = re.sub(r"\W+", "_", title)[-100:]
+        save(os.path.join(folder, f"{name}.png"), function, *given, log=log)
 
     if any("shots" in row for row in results["rows"]):
         draw("few-shot", few_shot_curves, results["rows"])
@@ -70,9 +70,7 @@ def draw_figures(folder, results: dict, features: dict, backbones: dict, cells: 
             draw(f"confusion {label}", confusion_matrix, own[-1], cells.classes)
         draw(f"map {label}", maps, label, features[label].numpy(), cells, seed)
         if isinstance(backbone, VisionTransformer):
-            image = read_image(cells.files[0], window=cells.window)
-            title = f"{label}: {os.path.basename(cells.files[0])}"
-            draw(f"smear {label}", panels, title, smear(backbone, image, results["crop"]))
+            draw(f"smear {label}", smear_panels, label, backbone, cells, results["crop"])
 
 def few_shot_curves(figure, rows: list[dict]):
     axes, points = figure.subplots(), {}
@@ -85,19 +83,18 @@ def few_shot_curves(figure, rows: list[dict]):
         axes.semilogx(n, mean, label=printable(label, 40), marker=marker, color=colour)
         axes.fill_between(n, mean - deviation, mean + deviation, alpha=0.15, color=colour)
     axes.minorticks_off()
-    axes.set(xticks=SHOTS, xticklabels=SHOTS, xlabel="labelled cells of each class",
-             ylabel="weighted F1, %",
-             title=f"Few-shot linear probe: mean and standard deviation of {DRAWS} draws")
+    axes.set(xticks=SHOTS, xticklabels=SHOTS, xlabel="labelled cells of each class")
+    axes.set(ylabel="weighted F1, %", title=f"Mean and standard deviation of {DRAWS} linear probes")
     axes.legend()
 
 def confusion_matrix(figure, row: dict, classes: list[str]):
     counts, names = np.array(row["confusion"]), [printable(c, 30) for c in classes]
-    share, side = counts / counts.sum(1, keepdims=True).clip(1), 3.5 + 0.45 * len(names)
+    share, side = counts / counts.sum(1, keepdims=True).clip(1), 3.5 + min(0.45 * len(names), 90)
     figure.set_size_inches(side + 0.5, side)
     axes = figure.subplots()
     shades = axes.imshow(share, cmap="Greys", vmin=0, vmax=1)
     figure.colorbar(shades, label="share of the true class (numbers: cells)", shrink=0.8)
-    for (i, j), n in np.ndenumerate(counts):
+    for (i, j), n in np.ndenumerate(counts[:100, :100]):
         colour = "white" if share[i, j] > 0.5 else "black"
         axes.text(j, i, n, ha="center", va="center", size=7, color=colour)
     axes.set_xticks(range(len(names)), names, rotation=90)
@@ -154,8 +151,11 @@ def smear(backbone: VisionTransformer, image: np.ndarray, crop: int | None = Non
         pictures[name] = head.reshape(rows, columns)
     return pictures
 
+def smear_panels(figure, label: str, backbone, cells: Cells, crop: int):
+    image = read_image(cells.files[0], window=cells.window)
+    panels(figure, f"{label}: {os.path.basename(cells.files[0])}", smear(backbone, image, crop))
+
 def panels(figure, title: str, pictures: dict[str, np.ndarray], wide: int = 2):
-    """Pictures with their names, so many in a row."""
     high, (height, width) = math.ceil(len(pictures) / wide), next(iter(pictures.values())).shape[:2]
     figure.set_size_inches(11, 0.8 + 11 / wide * high * height / width)
     figure.suptitle(printable(title, 100))
@@ -167,7 +167,7 @@ def panels(figure, title: str, pictures: dict[str, np.ndarray], wide: int = 2):
 # The demo and the course: what training changed.
 
 def tiles(figure, rows: list[list], captions=(), frames=(), size: float = 0.75) -> np.ndarray:
-    """Images, uint8 [H, W] or [H, W, 3], in rows (None: a gap), captions below or none; frames
+    """Images, uint8 [H, W] or [H, W, 3], in rows (None: a gap) with captions or none; frames
     {(row, column): right or not} are thick blue or dotted orange. Returns the axes."""
     columns, high = max(map(len, rows)), size * (1.25 if captions else 1)
     figure.set_size_inches(size * columns, high * len(rows) + 0.6)
@@ -185,7 +185,7 @@ def tiles(figure, rows: list[list], captions=(), frames=(), size: float = 0.75) 
     return grid
 
 def neighbours(x: torch.Tensor, query: int, group: np.ndarray, k: int = 8) -> np.ndarray:
-    """The k cells nearest to one by cosine, of features [n, D], among those of other groups."""
+    """The k cells of other groups nearest to one, by cosine of features [n, D]."""
     cosine = torch.cosine_similarity(x, x[query:query + 1])
     cosine[torch.from_numpy(group == group[query])] = -2
     return cosine.topk(k).indices.numpy()
@@ -205,12 +205,11 @@ def neighbour_rows(figure, cells: Cells, crops: np.ndarray, features: dict, seed
     for axes, name in zip(grid[:, 0], cells.classes):
         axes.set_ylabel(printable(name, 20), rotation=0, ha="right", va="center", size=8)
     for i, name in enumerate(features):
-        first = 2 + i * (k + 1)
-        right = np.mean([frames[r, c] for r, c in frames if first <= c < first + k])
-        grid[0, first + k // 2].set_title(f"{name}: {100 * right:.0f}% of its class", size=9)
-    grid[0, 0].set_title("a cell", size=9)
-    figure.suptitle(f"Its nearest neighbours among cells of other {cells.by}s. Frame: thick blue, "
-                    "of the same class; dotted orange, of another", size=10)
+        here = range(2 + i * (k + 1), 2 + i * (k + 1) + k)
+        right = np.mean([frame for (_, c), frame in frames.items() if c in here])
+        grid[0, here[k // 2]].set_title(f"{name}: {100 * right:.0f}% of its class", size=9)
+    figure.suptitle(f"A cell's nearest neighbours among those of other {cells.by}s. Frame: thick "
+                    "blue, of the same class; dotted orange, of another", size=10)
 
 def curves(figure, path):
     """Of a metrics.jsonl: the loss, smoothed, and below it the scores of --eval-data."""
@@ -258,7 +257,8 @@ def gallery(figure, tile: np.ndarray, recipe: str = "reddino", seed: int = 0, wi
         return image if image.dtype == np.uint8 else apply_window(image, *window or (40, 400))
 
     views = ("first global view", "second global view", "local view")
-    groups = dict(zip(views, MultiCrop(recipe, window=window).recipe)) or GROUPS
+    groups = dict(zip(views, MultiCrop(recipe, window=window).recipe))
+    groups = groups or (GROUPS if recipe == "reddino" else {"no transforms": []})
     rows, captions = [], []
     for r, transforms in enumerate(groups.values()):
         rows.append([shown(tile)])
