@@ -1,12 +1,17 @@
 """augment.py: files, patches, the 32 transforms against what 1.4's defaults gave, multi-crop, random streams."""
+
+import csv
 import math
+import multiprocessing
 import os
 import pickle
 import random
 import resource
+import signal
 import struct
 import subprocess
 import sys
+from collections import Counter
 
 import albumentations as A
 import cv2
@@ -18,7 +23,17 @@ from PIL import Image
 
 import augment
 import reddino
-from augment import BadImage, MultiCrop, Patches, UserError, find_images, read_image, sample_rng, window_starts
+import smears
+from augment import (
+    BadImage,
+    MultiCrop,
+    Tiles,
+    UserError,
+    find_images,
+    read_image,
+    sample_rng,
+    window_starts,
+)
 
 ROOT = os.path.dirname(augment.__file__)
 RELEASE = """Blur CLAHE ChannelShuffle ChannelDropout ColorJitter Defocus Downscale Emboss Equalize FancyPCA GaussNoise
@@ -44,6 +59,7 @@ def corpus(tmp_path_factory):
 
 # Files
 
+
 def test_corpus_is_read_or_named(corpus):
     folder, good, bad = corpus
     assert set(find_images(folder)) == set(good) | set(bad)
@@ -51,7 +67,11 @@ def test_corpus_is_read_or_named(corpus):
     for path, size in good.items():
         image = read_image(path)
         assert image.dtype == np.uint8 and image.shape == (*size, 3), path
-        assert image.flags.c_contiguous and image.flags.writeable and (read_image(path, writable=False) == image).all()
+        assert (
+            image.flags.c_contiguous
+            and image.flags.writeable
+            and (read_image(path, writable=False) == image).all()
+        )
         assert read_image(path, header_only=True) == size
     for path, word in bad.items():
         with pytest.raises(BadImage) as error:
@@ -69,18 +89,31 @@ for path in augment.find_images(sys.argv[1]):
         augment.read_image(path)
     except augment.BadImage:
         pass"""
-    run = subprocess.run([sys.executable, "-c", script, corpus[0]], cwd=ROOT, capture_output=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", script, corpus[0]], cwd=ROOT, capture_output=True, check=True
+    )
     assert run.stdout == run.stderr == b""
 
 
 def test_bad_image_survives_a_worker():
     bad = pickle.loads(pickle.dumps(BadImage("a\nb.png", "two\nlines")))
-    assert (bad.path, bad.reason) == ("a\nb.png", "two lines") and str(bad) == "'a\\nb.png': two lines"
+    assert (bad.path, bad.reason) == ("a\nb.png", "two lines") and str(
+        bad
+    ) == "'a\\nb.png': two lines"
 
 
-@pytest.mark.parametrize("name, tolerance", [
-    ("UPPER.JPG", 8), ("space and\nnewline \U0001fa78.png", 0), ("exif1.jpg", 8), ("animated.webp", 0),
-    ("pages.tif", 0), ("cmyk.jpg", 8), ("folder.png/inside.bmp", 0)])
+@pytest.mark.parametrize(
+    "name, tolerance",
+    [
+        ("UPPER.JPG", 8),
+        ("space and\nnewline \U0001fa78.png", 0),
+        ("exif1.jpg", 8),
+        ("animated.webp", 0),
+        ("pages.tif", 0),
+        ("cmyk.jpg", 8),
+        ("folder.png/inside.bmp", 0),
+    ],
+)
 def test_pixels(corpus, name, tolerance):
     difference = read_image(os.path.join(corpus[0], name)).astype(int) - picture()
     assert np.abs(difference).max() <= tolerance
@@ -93,9 +126,15 @@ def test_grey_of_any_depth_is_the_same(corpus):
         assert np.abs(read_image(os.path.join(corpus[0], name)).astype(int) - eight).max() <= 1
 
 
-@pytest.mark.parametrize("values, expected", [
-    (np.float32([[0, 0.5, 1]]), [0, 127, 255]), (np.float32([[np.nan, np.inf, 3]]), [0, 0, 3]),
-    (np.int32([[0, 2**16 - 1, -5]]), [0, 255, 0]), (np.int32([[0, 2**20]]), [0, 255])])
+@pytest.mark.parametrize(
+    "values, expected",
+    [
+        (np.float32([[0, 0.5, 1]]), [0, 127, 255]),
+        (np.float32([[np.nan, np.inf, 3]]), [0, 0, 3]),
+        (np.int32([[0, 2**16 - 1, -5]]), [0, 255, 0]),
+        (np.int32([[0, 2**20]]), [0, 255]),
+    ],
+)
 def test_float_and_32_bit_grey(tmp_path, values, expected):
     Image.fromarray(values).save(tmp_path / "x.tif")
     assert read_image(tmp_path / "x.tif")[0, :, 0].tolist() == expected
@@ -108,11 +147,27 @@ HU = np.array([[-1024, -100, 40], [240, 1000, 3071]], np.int16)
 
 def tiff(path, values, kind):
     """A TIFF of one strip, signed (kind 2) as scanners write it and PIL does not."""
-    tags = [(256, values.shape[1]), (257, values.shape[0]), (258, 8 * values.itemsize), (259, 1), (262, 1), (273, 8),
-            (277, 1), (278, values.shape[0]), (279, values.nbytes), (339, kind)]
+    tags = [
+        (256, values.shape[1]),
+        (257, values.shape[0]),
+        (258, 8 * values.itemsize),
+        (259, 1),
+        (262, 1),
+        (273, 8),
+        (277, 1),
+        (278, values.shape[0]),
+        (279, values.nbytes),
+        (339, kind),
+    ]
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
-    path.write_bytes(b"II*\0" + struct.pack("<I", 8 + values.nbytes) + values.astype("<i2").tobytes()
-                     + struct.pack("<H", len(tags)) + entries + bytes(4))
+    path.write_bytes(
+        b"II*\0"
+        + struct.pack("<I", 8 + values.nbytes)
+        + values.astype("<i2").tobytes()
+        + struct.pack("<H", len(tags))
+        + entries
+        + bytes(4)
+    )
 
 
 def as_window(values, level, width):
@@ -120,8 +175,20 @@ def as_window(values, level, width):
     return np.interp(np.float64(values), [level - width / 2, level + width / 2], [0, 255])
 
 
-@pytest.mark.parametrize("name", ["int16.npy", "int32.npy", "float32.npy", "float64.npy", ">i2.npy", "fortran.npy",
-                                  "signed.tif", "float.tif", "int32.tif"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "int16.npy",
+        "int32.npy",
+        "float32.npy",
+        "float64.npy",
+        ">i2.npy",
+        "fortran.npy",
+        "signed.tif",
+        "float.tif",
+        "int32.tif",
+    ],
+)
 def test_window_of_values(tmp_path, name):
     path, kind = tmp_path / name, name.split(".")[0]
     if name.endswith("npy"):
@@ -132,12 +199,16 @@ def test_window_of_values(tmp_path, name):
         Image.fromarray(HU.astype({"float": np.float32}.get(kind, np.int32))).save(path)
     for level, width in ((40, 400), (-600, 1500), (40.5, 1), (0, 1e5)):
         image = read_image(str(path), window=(level, width))
-        assert image.dtype == np.uint8 and image.shape == (2, 3, 3) and (image == image[..., :1]).all()
+        assert (
+            image.dtype == np.uint8 and image.shape == (2, 3, 3) and (image == image[..., :1]).all()
+        )
         assert np.abs(image[..., 0] - as_window(HU, level, width)).max() <= 1
     raw = read_image(str(path), raw=True)
     assert raw.dtype == np.float32 and raw.flags.c_contiguous and (raw == HU).all()
     assert read_image(str(path), header_only=True) == (2, 3)
-    with pytest.raises(BadImage, match="--window LEVEL WIDTH"):  # brightness below 0 is no brightness
+    with pytest.raises(
+        BadImage, match="--window LEVEL WIDTH"
+    ):  # brightness below 0 is no brightness
         read_image(str(path))
 
 
@@ -147,38 +218,65 @@ def test_values_without_a_sign_need_a_window(tmp_path):
     for name in ("a.npy", "b.png"):
         path = str(tmp_path / name)
         assert (read_image(path, window=(1064, 400), raw=True) == values).all()
-        assert np.abs(read_image(path, window=(1064, 400))[..., 0] - as_window(HU, 40, 400)).max() <= 1
-        assert np.abs(read_image(path)[..., 0] - values / 4095 * 255).max() <= 1  # as a camera's 12 bits
+        assert (
+            np.abs(read_image(path, window=(1064, 400))[..., 0] - as_window(HU, 40, 400)).max() <= 1
+        )
+        assert (
+            np.abs(read_image(path)[..., 0] - values / 4095 * 255).max() <= 1
+        )  # as a camera's 12 bits
         for header_only in (False, True):
             with pytest.raises(BadImage, match=r"no sign.*--window LEVEL WIDTH .*1064 400"):
                 read_image(path, header_only, raw=True)
-    with pytest.raises(UserError, match=r"2 of 2 images can't be read; .*a.npy.*--window LEVEL WIDTH"):
-        Patches([str(tmp_path)], raw=True)
-    assert len(Patches([str(tmp_path)], window=(1064, 400), raw=True)) == 2
+    with pytest.raises(
+        UserError, match=r"2 of 2 images can't be read; .*a.npy.*--window LEVEL WIDTH"
+    ):
+        Tiles([str(tmp_path)], raw=True)
+    assert len(Tiles([str(tmp_path)], window=(1064, 400), raw=True)) == 2
 
 
 def test_what_is_no_number_is_the_lowest(tmp_path):
     np.save(tmp_path / "x.npy", np.array([[-1000, np.nan, 50], [np.inf, -np.inf, 1e300]]))
-    assert read_image(str(tmp_path / "x.npy"), raw=True).tolist() == [[-1000, -1000, 50], [-1000] * 3]
+    assert read_image(str(tmp_path / "x.npy"), raw=True).tolist() == [
+        [-1000, -1000, 50],
+        [-1000] * 3,
+    ]
     np.save(tmp_path / "x.npy", np.full((2, 2), np.nan))
     assert (read_image(str(tmp_path / "x.npy")) == 0).all()
 
 
 def test_eight_bits_are_pixels_already(tmp_path):
-    for array in (picture(30, 40), picture(30, 40)[..., 0], np.asfortranarray(picture(30, 40)[..., 1])):
+    for array in (
+        picture(30, 40),
+        picture(30, 40)[..., 0],
+        np.asfortranarray(picture(30, 40)[..., 1]),
+    ):
         np.save(tmp_path / "x.npy", array)
         for more in ({}, {"window": (40, 400)}, {"raw": True}, {"writable": False}):
             image = read_image(str(tmp_path / "x.npy"), **more)
-            assert image.dtype == np.uint8 and (image == (array if array.ndim == 3 else array[..., None])).all()
+            assert (
+                image.dtype == np.uint8
+                and (image == (array if array.ndim == 3 else array[..., None])).all()
+            )
 
 
 def test_bad_slices_say_what_to_save(tmp_path):
     whole = tmp_path / "whole.npy"
     np.save(whole, np.zeros((100, 100), np.int16))
-    bad = {"truncated": whole.read_bytes()[:9000], "header": whole.read_bytes()[:50], "empty": b"", "text": b"a,b\n1,2"}
-    for name, array in {"object": np.array([[{}]]), "volume": np.zeros((9, 8, 7), np.int16), "line": np.zeros(9),
-                        "complex": np.zeros((2, 2), complex), "none": np.zeros((0, 5)), "words": np.array([["a"]]),
-                        "float rgb": np.zeros((4, 4, 3))}.items():
+    bad = {
+        "truncated": whole.read_bytes()[:9000],
+        "header": whole.read_bytes()[:50],
+        "empty": b"",
+        "text": b"a,b\n1,2",
+    }
+    for name, array in {
+        "object": np.array([[{}]]),
+        "volume": np.zeros((9, 8, 7), np.int16),
+        "line": np.zeros(9),
+        "complex": np.zeros((2, 2), complex),
+        "none": np.zeros((0, 5)),
+        "words": np.array([["a"]]),
+        "float rgb": np.zeros((4, 4, 3)),
+    }.items():
         np.save(tmp_path / "x.npy", array, allow_pickle=True)
         bad[name] = (tmp_path / "x.npy").read_bytes()
     np.savez(tmp_path / "x.npz", HU)
@@ -187,7 +285,9 @@ def test_bad_slices_say_what_to_save(tmp_path):
         path = tmp_path / f"{name}.npy"
         path.write_bytes(content)
         for header_only in (True, False):
-            with pytest.raises(BadImage, match=r"np\.save one slice a file, numbers \[H, W\] or") as error:
+            with pytest.raises(
+                BadImage, match=r"np\.save one slice a file, numbers \[H, W\] or"
+            ) as error:
                 read_image(str(path), header_only)
             assert len(str(error.value).splitlines()) == 1
     np.lib.format.open_memmap(tmp_path / "huge.npy", "w+", np.int8, (6400, 6400))
@@ -197,7 +297,8 @@ def test_bad_slices_say_what_to_save(tmp_path):
 
 def test_headers_of_slices_are_all_that_is_read(tmp_path, monkeypatch):
     np.save(tmp_path / "x.npy", np.zeros((50, 60), np.int16))
-    monkeypatch.setattr(np, "array", None), monkeypatch.setattr(augment, "_deep", None)
+    monkeypatch.setattr(np, "array", None)
+    monkeypatch.setattr(augment, "deep", None)
     assert read_image(str(tmp_path / "x.npy"), header_only=True, raw=True) == (50, 60)
 
 
@@ -217,10 +318,23 @@ def test_transparent_is_white(corpus):
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation(corpus, orientation):
     # The EXIF standard, 6 for instance: the stored first row is the visual right side
-    upright = [None, lambda a: a, lambda a: a[:, ::-1], lambda a: a[::-1, ::-1], lambda a: a[::-1],
-               lambda a: a.transpose(1, 0, 2), lambda a: np.rot90(a, -1), lambda a: np.rot90(a, 2).transpose(1, 0, 2),
-               np.rot90][orientation](picture())
-    assert np.abs(read_image(os.path.join(corpus[0], f"exif{orientation}.jpg")).astype(int) - upright).max() <= 8
+    upright = [
+        None,
+        lambda a: a,
+        lambda a: a[:, ::-1],
+        lambda a: a[::-1, ::-1],
+        lambda a: a[::-1],
+        lambda a: a.transpose(1, 0, 2),
+        lambda a: np.rot90(a, -1),
+        lambda a: np.rot90(a, 2).transpose(1, 0, 2),
+        np.rot90,
+    ][orientation](picture())
+    assert (
+        np.abs(
+            read_image(os.path.join(corpus[0], f"exif{orientation}.jpg")).astype(int) - upright
+        ).max()
+        <= 8
+    )
     if orientation == 6:
         assert (read_image(os.path.join(corpus[0], "exif6.tiff")) == upright).all()
 
@@ -237,13 +351,17 @@ def test_largest_image_stays_under_one_gib(tmp_path):
     side = math.isqrt(augment.MAX_PIXELS)
     exif = Image.Exif()
     exif[0x0112] = 6  # turned, and laid on white: the greediest path of those tried
-    Image.new("RGBA", (side, side)).save(tmp_path / "x.webp", lossless=True, quality=0, method=0, exif=exif)
+    Image.new("RGBA", (side, side)).save(
+        tmp_path / "x.webp", lossless=True, quality=0, method=0, exif=exif
+    )
     script = f"""
 import resource, augment
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-assert augment.read_image({str(tmp_path / 'x.webp')!r}).shape == ({side}, {side}, 3)
+assert augment.read_image({str(tmp_path / "x.webp")!r}).shape == ({side}, {side}, 3)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"""
-    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert int(run.stdout) < 2**20  # kB
 
 
@@ -255,7 +373,8 @@ def test_links_and_hidden_files(tmp_path):
     assert find_images(str(tmp_path)) == [str(tmp_path / "x.png"), str(tmp_path / "y.PNG")]
 
 
-# Patches
+# Tiles
+
 
 @pytest.mark.parametrize("patch_size", [1, 7, 224])
 def test_windows_cover_evenly_with_the_fewest(patch_size):
@@ -266,39 +385,58 @@ def test_windows_cover_evenly_with_the_fewest(patch_size):
             continue
         assert starts[0] == 0 and starts[-1] + patch_size == length
         gaps = np.diff(starts)
-        assert (gaps <= patch_size).all() and gaps.max() - gaps.min() <= 1  # no pixel missed; spacing even
+        assert (
+            gaps <= patch_size
+        ).all() and gaps.max() - gaps.min() <= 1  # no pixel missed; spacing even
         assert (len(starts) - 1) * patch_size < length  # one fewer could not cover it
     assert window_starts(5000, 0) == [0]
 
 
-@pytest.mark.parametrize("height, width, patches", [(480, 640, 9), (224, 224, 1), (225, 224, 2), (3, 5000, 23),
-                                                    (1, 1, 1), (80, 80, 1), (1944, 2592, 108)])
+@pytest.mark.parametrize(
+    "height, width, patches",
+    [
+        (480, 640, 9),
+        (224, 224, 1),
+        (225, 224, 2),
+        (3, 5000, 23),
+        (1, 1, 1),
+        (80, 80, 1),
+        (1944, 2592, 108),
+    ],
+)
 def test_patches_are_the_image(tmp_path, height, width, patches):
     # Each pixel holds its own position, so that what a patch holds says where it comes from
     y, x = np.mgrid[:height, :width]
     image = np.dstack((y // 256 * 32 + x // 256, y % 256, x % 256)).astype(np.uint8)
     Image.fromarray(image).save(tmp_path / "x.png", compress_level=1)
-    p, seen = Patches([str(tmp_path)]), np.zeros((height, width), int)
+    p, seen = Tiles([str(tmp_path)]), np.zeros((height, width), int)
     assert len(p) == patches and p.sources == [(str(tmp_path), 0, patches)]
-    for patch in (p[i] for i in (range(patches) if patches < 30 else (0, patches // 2, patches - 1))):
+    for patch in (
+        p[i] for i in (range(patches) if patches < 30 else (0, patches // 2, patches - 1))
+    ):
         assert patch.shape == (min(height, 224), min(width, 224), 3)
         assert patch.flags.c_contiguous and patch.flags.writeable
         tile, rows, columns = (patch[..., c].astype(int) for c in range(3))
         seen[tile // 32 * 256 + rows, tile % 32 * 256 + columns] += 1
     assert (seen > 0).all() or patches >= 30
-    whole = Patches([str(tmp_path)], patch_size=0)
+    whole = Tiles([str(tmp_path)], tile_size=0)
     assert len(whole) == 1 and (whole[0] == image).all()
 
 
 def test_several_patch_sizes_are_magnifications(tmp_path):
     for name, (h, w) in {"a": (100, 150), "b": (40, 70)}.items():
         Image.fromarray(picture(h, w)).save(tmp_path / f"{name}.png")
-    single = {size: Patches([str(tmp_path)], size) for size in (50, 80, 0)}
-    p = Patches([str(tmp_path)], [50, 80, 0])
+    single = {size: Tiles([str(tmp_path)], size) for size in (50, 80, 0)}
+    p = Tiles([str(tmp_path)], [50, 80, 0])
     assert len(p) == sum(map(len, single.values())) == 2 * 3 + 2 * 2 + 1 + 1 * 2 + 1 + 1
     for name in "ab":  # all windows of a size, size after size, file after file
         mine = [i for i in range(len(p)) if p.file_of(i).endswith(f"{name}.png")]
-        expected = [q[i] for q in single.values() for i in range(len(q)) if q.file_of(i).endswith(f"{name}.png")]
+        expected = [
+            q[i]
+            for q in single.values()
+            for i in range(len(q))
+            if q.file_of(i).endswith(f"{name}.png")
+        ]
         assert len(mine) == len(expected) and all((p[i] == e).all() for i, e in zip(mine, expected))
     order = p.shuffled(0, len(p), np.random.default_rng(0))
     assert sorted(order) == list(range(len(p)))
@@ -307,9 +445,9 @@ def test_several_patch_sizes_are_magnifications(tmp_path):
 def test_raw_patches_are_the_values(tmp_path):
     values = np.arange(100 * 120, dtype=np.int16).reshape(100, 120) - 3000
     np.save(tmp_path / "x.npy", values)
-    p = Patches([str(tmp_path)], 64, raw=True)
+    p = Tiles([str(tmp_path)], 64, raw=True)
     assert len(p) == 4 and p[0].dtype == np.float32 and (p[3] == values[36:, 56:]).all()
-    windowed = Patches([str(tmp_path)], 64, window=(0, 6000))
+    windowed = Tiles([str(tmp_path)], 64, window=(0, 6000))
     assert np.abs(windowed[3][..., 0] - as_window(values[36:, 56:], 0, 6000)).max() <= 1
 
 
@@ -319,10 +457,11 @@ def test_two_sources_and_pickling(tmp_path):
         for i, (h, w) in enumerate(sizes):
             Image.fromarray(picture(h, w, i)).save(tmp_path / folder / f"{i}.png")
     folders = [str(tmp_path / "b"), str(tmp_path / "a")]
-    p = pickle.loads(pickle.dumps(Patches(folders)))
+    p = pickle.loads(pickle.dumps(Tiles(folders)))
     assert p.sources == [(folders[0], 0, 3), (folders[1], 3, 8)] and len(p) == 8
-    assert [os.path.relpath(p.file_of(i), tmp_path) for i in range(8)] == ["b/deep/0.png"] * 3 + ["a/0.png"] * 4 + [
-        "a/1.png"]
+    assert [os.path.relpath(p.file_of(i), tmp_path) for i in range(8)] == ["b/deep/0.png"] * 3 + [
+        "a/0.png"
+    ] * 4 + ["a/1.png"]
     assert (p[5] == picture(300, 300)[76:, :224]).all() and p[7].shape == (100, 100, 3)
     for i in (-1, 8):
         with pytest.raises(IndexError):
@@ -334,37 +473,69 @@ def test_each_smear_is_decoded_about_once_an_epoch(tmp_path, monkeypatch, keep):
     for k in range(30):
         Image.fromarray(np.full((60, 60, 3), k, np.uint8)).save(tmp_path / f"{k:02d}.png")
     monkeypatch.setattr(augment, "KEEP", keep)  # one, three, all of these smears
-    patches, read, reads = augment.Patches([str(tmp_path)], 15), augment.read_image, []
-    monkeypatch.setattr(augment, "read_image", lambda path, **o: reads.append(path) or read(path, **o))
-    order = patches.shuffled(0, len(patches), np.random.default_rng(0))
-    assert sorted(order) == list(range(len(patches))) and len(order) == 30 * 16
-    assert np.array_equal(order, patches.shuffled(0, len(patches), np.random.default_rng(0)))
+    tiles, read, reads = Tiles([str(tmp_path)], 15), augment.read_image, []
+    monkeypatch.setattr(
+        augment, "read_image", lambda path, **o: reads.append(path) or read(path, **o)
+    )
+    order = tiles.shuffled(0, len(tiles), np.random.default_rng(0))
+    assert sorted(order) == list(range(len(tiles))) and len(order) == 30 * 16
+    assert np.array_equal(order, tiles.shuffled(0, len(tiles), np.random.default_rng(0)))
     for i in order:
-        assert (patches[i] == i // 16).all()
-    assert len(reads) <= 30 * 1.3 and len(patches.kept) == min(patches.open, 30)
+        assert (tiles[i] == i // 16).all()
+    assert len(reads) <= 30 * 1.3
+    assert sum(image.nbytes for image in tiles.kept.values()) == tiles.bytes <= max(keep, 10_800)
     if keep == 10**9:  # all are kept: a plain shuffle
-        assert np.array_equal(order, np.random.default_rng(0).permutation(len(patches)))
+        assert np.array_equal(order, np.random.default_rng(0).permutation(len(tiles)))
+
+
+def test_one_large_image_does_not_change_how_many_a_batch_is_drawn_from(tmp_path, monkeypatch):
+    for k in range(60):
+        Image.fromarray(picture(120, 160, k)).save(tmp_path / f"{k:02d}.png")
+    monkeypatch.setattr(augment, "KEEP", 100 * 120 * 160 * 3)
+
+    def images_in_a_batch():
+        tiles = Tiles([str(tmp_path)], 40)
+        draws = augment.Draws(tiles, range(20), 32, 0)
+        return np.mean([len({tiles.file_of(i) for _, i, _ in batch}) for batch in draws])
+
+    alone = images_in_a_batch()
+    Image.fromarray(picture(1000, 1300)).save(tmp_path / "overview.png")  # two thirds of KEEP
+    assert alone > 20 and images_in_a_batch() > 0.5 * alone  # half of all tiles are its own
 
 
 @pytest.mark.parametrize("mix", [1, 3])
 def test_a_batch_mixes_so_many_smears(tmp_path, mix):
     for k in range(20):
-        Image.fromarray(np.full((60, 60, 3), k, np.uint8)).save(tmp_path / f"{k:02d}.png")
-    patches = augment.Patches([str(tmp_path)], 15)
-    for first, last in ((0, 320), (160, 320)):  # all, and the second half as a source of its own
-        order = patches.shuffled(first, last, np.random.default_rng(0), mix)
-        assert sorted(order) == list(range(first, last))
-        smears = np.array([len(set(order[i : i + 16] // 16)) for i in range(0, len(order), 16)])
-        assert (smears == 1).all() if mix == 1 else 1.5 < smears.mean() <= 4.5
-        inside = order[order // 16 == order[-1] // 16]
-        assert list(inside) != sorted(inside)
+        Image.fromarray(np.full((60, 60 + 15 * (k % 3), 3), k, np.uint8)).save(
+            tmp_path / f"{k}.png"
+        )
+    tiles = Tiles([str(tmp_path)], 15)
+    for batch in (8, 12, 30):
+        draws = augment.Draws(tiles, range(100), batch, 0, mix=mix)
+        images = [{tiles.file_of(i) for _, i, _ in drawn} for drawn in draws]
+        counts = np.array([len(of) for of in images])
+        if mix == 1:  # every batch, across the borders of images and epochs
+            assert (counts == 1).all() and len(set.union(*images)) == 20
+        else:
+            assert 1.5 < counts.mean() <= 5.5
 
+
+def test_an_epoch_of_one_smear_a_batch_holds_nearly_all(tmp_path):
+    Image.fromarray(picture(60, 60)).save(tmp_path / "few.png")  # 4 tiles
+    Image.fromarray(picture(300, 300)).save(tmp_path / "many.png")  # 100
+    tiles = Tiles([str(tmp_path)], 30)
+    order = tiles.shuffled(0, 104, np.random.default_rng(0), 1, 16)
+    seen = Counter(order.tolist())
+    assert len(order) == 16 + 96 and set(range(4)) <= set(seen) and max(seen.values()) == 4
+    assert sum(seen[i] for i in range(4, 104)) == 96 and max(seen[i] for i in range(4, 104)) == 1
 
 
 def test_patches_of_the_corpus(corpus):
     folder, good, bad = corpus
-    p = Patches([folder])
-    assert not set(p.files) & set(p.skipped) and set(p.files) | set(p.skipped) == set(good) | set(bad)
+    p = Tiles([folder])
+    assert not set(p.files) & set(p.skipped) and set(p.files) | set(p.skipped) == set(good) | set(
+        bad
+    )
     assert set(p.skipped) <= set(bad) and all("\n" not in reason for reason in p.skipped.values())
     broken = set()
     for i in range(len(p)):
@@ -379,7 +550,7 @@ def test_patches_of_the_corpus(corpus):
 def test_files_that_go_or_change_during_the_run(tmp_path):
     for name in "abc":
         Image.fromarray(GREY).save(tmp_path / f"{name}.png")
-    p = Patches([str(tmp_path)])
+    p = Tiles([str(tmp_path)])
     (tmp_path / "a.png").unlink()
     Image.fromarray(GREY[:50]).save(tmp_path / "b.png")
     for i, reason in enumerate(("No such file", "size has changed")):
@@ -392,24 +563,27 @@ def test_user_errors(tmp_path):
     empty, half = tmp_path / "empty", tmp_path / "half"
     empty.mkdir(), half.mkdir()
     with pytest.raises(UserError, match=r"no images in .*empty.*\.jpg .*\.webp"):
-        Patches([str(empty)])
+        Tiles([str(empty)])
     with pytest.raises(UserError, match=r"missing.*No such file"):
-        Patches([str(tmp_path / "missing")])
+        Tiles([str(tmp_path / "missing")])
     with pytest.raises(UserError, match=r"augment.py.*Not a directory"):
-        Patches([augment.__file__])
+        Tiles([augment.__file__])
     Image.fromarray(GREY).save(half / "a.png")
     (half / "b.png").write_bytes(b"")
-    assert len(Patches([str(half)])) == 1  # half is not more than half
+    assert len(Tiles([str(half)])) == 1  # half is not more than half
     (half / "c.png").write_bytes(b"")
-    with pytest.raises(UserError, match=r"2 of 3 images can't be read; the first is '.*b.png': not an image"):
-        Patches([str(half)])
+    with pytest.raises(
+        UserError, match=r"2 of 3 images can't be read; the first is '.*b.png': not an image"
+    ):
+        Tiles([str(half)])
     with pytest.raises(UserError, match="twice"):
-        Patches([str(half), str(half) + "/."])
+        Tiles([str(half), str(half) + "/."])
     with pytest.raises(UserError, match="imagenet"):
         MultiCrop(augment="imagenet")
 
 
 # The 32 transforms
+
 
 def test_names():
     names = [type(t).__name__ for t in augment.TRANSFORMS]
@@ -450,23 +624,41 @@ def test_drawn_parameters_span_those_of_1_4():
         return min(values), max(values)
 
     for name, key, low, high in [
-        ("ColorJitter", "hue", -0.2, 0.2), ("ColorJitter", "brightness", 0.8, 1.2),
-        ("ColorJitter", "contrast", 0.8, 1.2), ("ColorJitter", "saturation", 0.8, 1.2),
+        ("ColorJitter", "hue", -0.2, 0.2),
+        ("ColorJitter", "brightness", 0.8, 1.2),
+        ("ColorJitter", "contrast", 0.8, 1.2),
+        ("ColorJitter", "saturation", 0.8, 1.2),
         ("HueSaturationValue", "hue_shift", -20, 20),
-        ("HueSaturationValue", "sat_shift", -30, 30), ("HueSaturationValue", "val_shift", -20, 20),
-        ("RandomBrightnessContrast", "alpha", 0.8, 1.2), ("RandomBrightnessContrast", "beta", -51, 51),
-        ("RandomGamma", "gamma", 0.8, 1.2), ("CLAHE", "clip_limit", 1, 4), ("Posterize", "num_bits", 4, 4),
-        ("Blur", "kernel", 3, 7), ("MedianBlur", "kernel", 3, 7), ("Defocus", "radius", 3, 10),
-        ("Defocus", "alias_blur", 0.1, 0.5), ("ISONoise", "color_shift", 0.01, 0.05),
-        ("ISONoise", "intensity", 0.1, 0.5), ("ImageCompression", "quality", 99, 100),
-        ("Downscale", "scale", 0.25, 0.25), ("RandomSnow", "snow_point", 0.1, 0.3),
+        ("HueSaturationValue", "sat_shift", -30, 30),
+        ("HueSaturationValue", "val_shift", -20, 20),
+        ("RandomBrightnessContrast", "alpha", 0.8, 1.2),
+        ("RandomBrightnessContrast", "beta", -51, 51),
+        ("RandomGamma", "gamma", 0.8, 1.2),
+        ("CLAHE", "clip_limit", 1, 4),
+        ("Posterize", "num_bits", 4, 4),
+        ("Blur", "kernel", 3, 7),
+        ("MedianBlur", "kernel", 3, 7),
+        ("Defocus", "radius", 3, 10),
+        ("Defocus", "alias_blur", 0.1, 0.5),
+        ("ISONoise", "color_shift", 0.01, 0.05),
+        ("ISONoise", "intensity", 0.1, 0.5),
+        ("ImageCompression", "quality", 99, 100),
+        ("Downscale", "scale", 0.25, 0.25),
+        ("RandomSnow", "snow_point", 0.1, 0.3),
     ]:
         least, most = drawn(name, key)
         slack = 0.1 * (high - low)
-        assert low <= least <= low + slack and high - slack <= most <= high, (name, key, least, most)
+        assert low <= least <= low + slack and high - slack <= most <= high, (
+            name,
+            key,
+            least,
+            most,
+        )
     sizes = {apply("GaussianBlur", GREY, seed)[1]["kernel"].size for seed in range(50)}
     assert sizes == {3, 5, 7}
-    sizes = {len(apply("RingingOvershoot", GREY[:64, :64], seed)[1]["kernel"]) for seed in range(100)}
+    sizes = {
+        len(apply("RingingOvershoot", GREY[:64, :64], seed)[1]["kernel"]) for seed in range(100)
+    }
     assert sizes == {7, 9, 11, 13, 15}
 
 
@@ -477,8 +669,14 @@ def test_point_operations_by_their_formulas():
     assert (apply("InvertImg", ramp)[0] == 255 - ramp).all()
     out, drawn = apply("RandomGamma", ramp)
     assert np.abs(out[0, :, 0] - 255 * (np.arange(256) / 255) ** drawn["gamma"]).max() <= 1
-    shifts = np.array([apply("RGBShift", GREY, seed)[0][0, 0].astype(int) - 128 for seed in range(100)])
-    assert np.abs(shifts).max() in (19, 20) and (shifts.min(0) < -15).all() and (shifts.max(0) > 15).all()
+    shifts = np.array(
+        [apply("RGBShift", GREY, seed)[0][0, 0].astype(int) - 128 for seed in range(100)]
+    )
+    assert (
+        np.abs(shifts).max() in (19, 20)
+        and (shifts.min(0) < -15).all()
+        and (shifts.max(0) > 15).all()
+    )
     gains = [apply("MultiplicativeNoise", GREY, seed)[0][0, 0, 0] / 128 for seed in range(100)]
     assert 0.89 < min(gains) < 0.92 and 1.08 < max(gains) < 1.11
     small = picture(224, 224)
@@ -492,8 +690,12 @@ def test_fancy_pca_is_alexnets():
     for seed in range(10):
         out, drawn = apply("FancyPCA", image, seed)
         variances, axes = np.linalg.eigh(np.cov(pixels.T))
-        shift = 255 * sum(a * v * axis for a, v, axis in zip(drawn["alpha_vector"], variances, axes.T))
-        assert np.abs(out - np.clip(image + shift, 0, 255)).max() < 0.8  # rounding, and a seventh of the pixels
+        shift = 255 * sum(
+            a * v * axis for a, v, axis in zip(drawn["alpha_vector"], variances, axes.T)
+        )
+        assert (
+            np.abs(out - np.clip(image + shift, 0, 255)).max() < 0.8
+        )  # rounding, and a seventh of the pixels
 
 
 def test_sun_flare_is_forty_discs_laid_over_each_other():
@@ -510,7 +712,9 @@ def test_sun_flare_is_forty_discs_laid_over_each_other():
             weight = (1 - i / 39) ** 3
             plain = overlay * weight + plain * (1 - weight)
         difference = np.abs(out - plain)
-        assert difference.mean() < 1 and np.quantile(difference, 0.95) < 3  # but for the rims of the discs
+        assert (
+            difference.mean() < 1 and np.quantile(difference, 0.95) < 3
+        )  # but for the rims of the discs
         assert (out[drawn["flare_center"][1], drawn["flare_center"][0]] == 255).all()
 
 
@@ -525,7 +729,9 @@ def test_glass_blur_moves_pixels_as_far_as_the_library_does():
         walks.append(walk[20:-20, 20:-20, :2].reshape(-1, 2))
     ours, theirs = walks
     assert np.abs(ours.std(0) - theirs.std(0)).max() < 0.15
-    assert np.abs(ours.mean(0) - theirs.mean(0)).max() < 1.5  # steps of -4..3: theirs swaps, so that some go backwards
+    assert (
+        np.abs(ours.mean(0) - theirs.mean(0)).max() < 1.5
+    )  # steps of -4..3: theirs swaps, so that some go backwards
     assert np.abs(ours).max() <= 8
 
 
@@ -535,7 +741,10 @@ def test_iso_noise_has_1_4s_mean_and_spread():
     out, drawn = apply("ISONoise", image, seed=2)
     rng, hls = np.random.default_rng(0), cv2.cvtColor(image / np.float32(255), cv2.COLOR_RGB2HLS)
     grain = rng.poisson(hls[..., 1].std() * drawn["intensity"] * 255, image.shape[:2])
-    hls[..., 0] = (hls[..., 0] + rng.normal(0, drawn["color_shift"] * 360 * drawn["intensity"], image.shape[:2])) % 360
+    hls[..., 0] = (
+        hls[..., 0]
+        + rng.normal(0, drawn["color_shift"] * 360 * drawn["intensity"], image.shape[:2])
+    ) % 360
     hls[..., 1] += grain / 255 * (1 - hls[..., 1])
     plain = cv2.cvtColor(hls, cv2.COLOR_HLS2RGB) * 255
     ours, theirs = out - image.astype(float), plain - image
@@ -546,11 +755,17 @@ def test_iso_noise_has_1_4s_mean_and_spread():
 def test_rain_blurs_and_darkens_everything():
     for size, drops in ((224, 83), (98, 16)):
         image = np.full((size, size, 3), 100, np.uint8)
-        image[:, size // 2:] = 150
+        image[:, size // 2 :] = 150
         out, drawn = apply("RandomRain", image)
-        assert len(drawn["drops"]) == drops and (np.diff(drawn["drops"], axis=1)[..., 1] == 20).all()
-        assert out.min() == 70 and np.median(out[:, 5]) == 70 and np.median(out[:, -5]) == 105  # 0.7
-        assert len(np.unique(out[:, size // 2 - 3:size // 2 + 3].astype(int).min(0)[:, 0])) > 3  # the edge: 7 x 7 box
+        assert (
+            len(drawn["drops"]) == drops and (np.diff(drawn["drops"], axis=1)[..., 1] == 20).all()
+        )
+        assert (
+            out.min() == 70 and np.median(out[:, 5]) == 70 and np.median(out[:, -5]) == 105
+        )  # 0.7
+        assert (
+            len(np.unique(out[:, size // 2 - 3 : size // 2 + 3].astype(int).min(0)[:, 0])) > 3
+        )  # the edge: 7 x 7 box
 
 
 def test_shadow_halves_lightness_in_the_lower_half():
@@ -563,10 +778,13 @@ def test_shadow_halves_lightness_in_the_lower_half():
     saturated = dark & (before[..., 1] > 60)
     assert np.median(np.abs(after[saturated][:, 2] - before[saturated][:, 2])) <= 4
     untouched = ~dark
-    assert np.abs(out[untouched].astype(int) - image[untouched]).max() <= 6  # there and back through 8-bit HLS
+    assert (
+        np.abs(out[untouched].astype(int) - image[untouched]).max() <= 6
+    )  # there and back through 8-bit HLS
 
 
 # Views
+
 
 @pytest.mark.parametrize("recipe", ["reddino", "dinov2"])
 @pytest.mark.parametrize("shape", [(224, 224), (80, 80), (1, 1), (3, 5000), (5000, 3), (224, 3)])
@@ -578,15 +796,25 @@ def test_views_of_any_patch(recipe, shape):
             before = patch.copy()
             global_views, local_views = crop(patch, sample_rng(0, index, 0))
             G, L = sizes.get("global_size", 224), sizes["local_crops"]
-            assert global_views.shape == (2, 3, G, G) and local_views.shape == (L, 3, sizes.get("local_size", 98),
-                                                                                sizes.get("local_size", 98))
-            assert all(v.dtype == np.uint8 and v.flags.c_contiguous for v in (global_views, local_views))
+            assert global_views.shape == (2, 3, G, G) and local_views.shape == (
+                L,
+                3,
+                sizes.get("local_size", 98),
+                sizes.get("local_size", 98),
+            )
+            assert all(
+                v.dtype == np.uint8 and v.flags.c_contiguous for v in (global_views, local_views)
+            )
             assert (patch == before).all()
 
 
 def cropped(image, size, scale, seed):
     """The first crop of a view, before any transform."""
-    crop = MultiCrop(global_size=size, global_scale=scale).crops[0]
+    low, high = scale
+    if high == 1:
+        crop = MultiCrop(global_size=size, global_scale=low).crops[0]
+    else:  # a local one, which shows 0.05 to global_scale
+        crop = MultiCrop(local_size=size, global_scale=high).crops[-1]
     crop.set_random_state(np.random.default_rng(seed), random.Random(seed))
     return crop(image=image)["image"]
 
@@ -599,8 +827,14 @@ def test_crop_area_and_aspect():
         c = cropped(image, 64, (0.05, 0.32), i).astype(float)
         h, w = ((c[-1, -1] - c[0, 0])[:2] + 1) * 1.01
         areas.append(h * w / 240**2), aspects.append(w / h), centres.append(c[32, 32, :2])
-    assert 0.03 < min(areas) < 0.06 and 0.30 < max(areas) < 0.35 and abs(np.mean(areas) - 0.185) < 0.01
-    assert 0.68 < min(aspects) < 0.8 and 1.25 < max(aspects) < 1.45 and abs(np.mean(np.log(aspects))) < 0.02
+    assert (
+        0.03 < min(areas) < 0.06 and 0.30 < max(areas) < 0.35 and abs(np.mean(areas) - 0.185) < 0.01
+    )
+    assert (
+        0.68 < min(aspects) < 0.8
+        and 1.25 < max(aspects) < 1.45
+        and abs(np.mean(np.log(aspects))) < 0.02
+    )
     assert np.abs(np.mean(centres, 0) - 120).max() < 4
 
 
@@ -633,7 +867,11 @@ def test_four_different_of_32_each_with_its_p(monkeypatch):
             return {"image": image}
 
     monkeypatch.setattr(augment, "TRANSFORMS", [Recorder(i) for i in range(32)])
-    rng, crop, counts = np.random.default_rng(0), MultiCrop(global_size=16, local_crops=0), np.zeros(32)
+    rng, crop, counts = (
+        np.random.default_rng(0),
+        MultiCrop(global_size=16, local_crops=0),
+        np.zeros(32),
+    )
     for _ in range(400):
         calls.clear()
         crop(picture(20, 20), rng)
@@ -641,7 +879,9 @@ def test_four_different_of_32_each_with_its_p(monkeypatch):
         for view in (calls[:4], calls[4:]):
             assert len({name for name, _ in view}) == 4
         np.add.at(counts, [name for name, _ in calls], 1)
-    assert counts.min() > 60 and counts.max() < 145  # 100 expected, 6 standard deviations of 9.4 wide at the least
+    assert (
+        counts.min() > 60 and counts.max() < 145
+    )  # 100 expected, 6 standard deviations of 9.4 wide at the least
 
 
 def test_flips_and_turns(monkeypatch):
@@ -649,14 +889,18 @@ def test_flips_and_turns(monkeypatch):
     monkeypatch.setattr(augment, "TRANSFORMS", [A.NoOp(p=1)] * 32)
     patch = np.zeros((16, 16, 3), np.uint8)
     patch[:8, :8], patch[:8, 8:], patch[8:, :8] = 50, 100, 150
-    crop, expected, seen = MultiCrop(global_size=16, global_scale=(1, 1), local_crops=0), {}, {}
+    crop, expected, seen = MultiCrop(global_size=16, global_scale=1.0, local_crops=0), {}, {}
     for flip_x in (0, 1):
         for flip_y in (0, 1):
             for turn in range(4):
                 a = patch[..., 0]
                 a = a[:, ::-1] if flip_x else a
                 a = np.rot90(a[::-1] if flip_y else a, turn)
-                p = (0.85 if flip_x else 0.15) * (0.85 if flip_y else 0.15) * (0.85 / 4 + 0.15 * (turn == 0))
+                p = (
+                    (0.85 if flip_x else 0.15)
+                    * (0.85 if flip_y else 0.15)
+                    * (0.85 / 4 + 0.15 * (turn == 0))
+                )
                 corners = tuple(a[[0, 0, -1, -1], [0, -1, 0, -1]].tolist())
                 expected[corners] = expected.get(corners, 0) + p
     for i in range(3000):
@@ -707,15 +951,26 @@ def slice_of_noise(size=96, spread=4000):
 def test_recipes_give_pixels_from_anything(name):
     """0 to 255, never NaN, for constant and extreme images; and nothing is done in place."""
     crop = MultiCrop(name, 48, 24, 2)
-    images = [np.full((64, 80, 3), fill, np.uint8) for fill in (0, 128, 255)] + [picture(64, 80), picture(1, 1)]
+    images = [np.full((64, 80, 3), fill, np.uint8) for fill in (0, 128, 255)] + [
+        picture(64, 80),
+        picture(1, 1),
+    ]
     if name == "ct":
-        images += [np.full((64, 80), fill, np.float32) for fill in (-32768, 0, 32767)] + [slice_of_noise()]
+        images += [np.full((64, 80), fill, np.float32) for fill in (-32768, 0, 32767)] + [
+            slice_of_noise()
+        ]
     with np.errstate(all="raise"):
         for image in images:
             before = image.copy()
             for seed in range(25):
-                for views, shape in zip(crop(image, sample_rng(0, seed, 0)), ((2, 3, 48, 48), (2, 3, 24, 24))):
-                    assert views.dtype == np.uint8 and views.shape == shape and views.flags.c_contiguous
+                for views, shape in zip(
+                    crop(image, sample_rng(0, seed, 0)), ((2, 3, 48, 48), (2, 3, 24, 24))
+                ):
+                    assert (
+                        views.dtype == np.uint8
+                        and views.shape == shape
+                        and views.flags.c_contiguous
+                    )
             assert (image == before).all()
 
 
@@ -748,7 +1003,9 @@ def test_every_entry_changes_a_picture_and_follows_its_state(name):
     for transform in augment.RECIPES[name][0]:
         outs = [draw(transform, image, seed) for seed in range(8)]
         assert any((o != image).any() for o in outs), transform
-        assert all((draw(transform, image, seed) == o).all() for seed, o in enumerate(outs)), transform
+        assert all((draw(transform, image, seed) == o).all() for seed, o in enumerate(outs)), (
+            transform
+        )
 
 
 def orientations(name, image):
@@ -766,9 +1023,16 @@ def orientations(name, image):
 
 def test_what_has_a_side_keeps_it():
     image = picture(32, 32)
-    eight = {np.ascontiguousarray(np.rot90(a, k)).tobytes() for a in (image, image[:, ::-1]) for k in range(4)}
+    eight = {
+        np.ascontiguousarray(np.rot90(a, k)).tobytes()
+        for a in (image, image[:, ::-1])
+        for k in range(4)
+    }
     assert orientations("ct", image) == orientations("xray", image) == {image.tobytes()}
-    assert orientations("mri", image) == {image.tobytes(), np.ascontiguousarray(image[:, ::-1]).tobytes()}
+    assert orientations("mri", image) == {
+        image.tobytes(),
+        np.ascontiguousarray(image[:, ::-1]).tobytes(),
+    }
     assert orientations("histology", image) == eight and len(eight) == 8
     for name in ("ct", "mri", "xray"):  # and no other entry moves anything but the small turn
         turns = [t for t in augment.RECIPES[name][0] if isinstance(t, A.DualTransform | A.Rotate)]
@@ -781,10 +1045,15 @@ def test_ct_sees_through_random_windows():
 
     def seen(transform):
         """Levels and widths of 200 draws, by where the ramp begins to be above black and to be white."""
-        ends = [ramp[0, np.searchsorted(draw(transform, ramp, seed)[0], [1, 255])] for seed in range(200)]
+        ends = [
+            ramp[0, np.searchsorted(draw(transform, ramp, seed)[0], [1, 255])]
+            for seed in range(200)
+        ]
         return np.array([((low + high) / 2, high - low) for low, high in ends])
 
-    (level_low, width_low), (level_high, width_high) = (end(seen(window), axis=0) for end in (np.min, np.max))
+    (level_low, width_low), (level_high, width_high) = (
+        end(seen(window), axis=0) for end in (np.min, np.max)
+    )
     assert level_low < -500 and level_high > 400 and width_low < 360 and width_high > 1900
     given = MultiCrop("ct", window=(1064, 400)).recipe[0]
     (window,) = (t for t in given if isinstance(t, augment.RandomWindow))
@@ -792,8 +1061,12 @@ def test_ct_sees_through_random_windows():
     assert 1020 < drawn[:, 0].min() < 1030 and 1098 < drawn[:, 0].max() < 1108
     assert 316 < drawn[:, 1].min() < 330 and 480 < drawn[:, 1].max() < 504
     eight = np.arange(256, dtype=np.uint8)[None, :, None].repeat(3, 2)
-    outs = [draw(window, eight, seed)[0, :, 0].astype(int) for seed in range(50)]  # whatever the window in HU
-    assert all(np.abs(o - eight[0, :, 0]).max() < 70 for o in outs) and any((o != eight[0, :, 0]).any() for o in outs)
+    outs = [
+        draw(window, eight, seed)[0, :, 0].astype(int) for seed in range(50)
+    ]  # whatever the window in HU
+    assert all(np.abs(o - eight[0, :, 0]).max() < 70 for o in outs) and any(
+        (o != eight[0, :, 0]).any() for o in outs
+    )
 
 
 def test_ct_keeps_the_values_up_to_its_window():
@@ -802,8 +1075,12 @@ def test_ct_keeps_the_values_up_to_its_window():
     for seed in range(10):
         for transform in augment.RECIPES["ct"][0][:4]:
             out = draw(transform, bright, seed)
-            assert out.dtype == np.float32 and out.min() > 2200 and out.max() < 2800 and out.std() > 10
-    views, _ = MultiCrop("ct", 32, global_scale=(1, 1), local_crops=0, window=(2530, 64))(bright, sample_rng(0, 0, 0))
+            assert (
+                out.dtype == np.float32 and out.min() > 2200 and out.max() < 2800 and out.std() > 10
+            )
+    views, _ = MultiCrop("ct", 32, global_scale=1.0, local_crops=0, window=(2530, 64))(
+        bright, sample_rng(0, 0, 0)
+    )
     assert np.ptp(views.astype(int)) > 150
 
 
@@ -819,7 +1096,7 @@ def test_kernel_against_its_transfer_function():
     wave = np.tile(100 * np.sin(2 * np.pi * np.arange(128) / 16), (32, 1)).astype(np.float32)
     for sharpness in (-1, -0.5, 0, 1):
         out = draw(effect(augment.kernel, sharpness=sharpness, sigma=1.5), wave)
-        passed = 1 + sharpness * (1 - math.exp(-(2 * np.pi / 16 * 1.5) ** 2 / 2))
+        passed = 1 + sharpness * (1 - math.exp(-((2 * np.pi / 16 * 1.5) ** 2) / 2))
         assert np.abs(out - passed * wave)[:, 16:-16].max() < 1
 
 
@@ -828,7 +1105,9 @@ def test_bias_field_is_smooth_and_multiplies():
     field = draw(transform, np.ones((96, 96), np.float32), 3)
     assert np.allclose(draw(transform, slice_of_noise(), 3), slice_of_noise() * field, rtol=1e-5)
     assert np.ptp(field) > 0.2 and field.min() > 0
-    assert np.abs(np.diff(np.log(field), axis=0)).max() < 0.05  # over 96 pixels there is more, bit by bit
+    assert (
+        np.abs(np.diff(np.log(field), axis=0)).max() < 0.05
+    )  # over 96 pixels there is more, bit by bit
 
 
 def test_ghosts_are_weaker_lines_of_k_space():
@@ -845,8 +1124,14 @@ def test_ghosts_are_weaker_lines_of_k_space():
 def test_rician_noise_has_its_moments():
     for signal, sigma in ((0, 10), (50, 10)):
         out = draw(effect(augment.rician, sigma=sigma), np.full((400, 400), signal, np.float32))
-        mean = math.sqrt(math.pi / 2) * sigma if signal == 0 else signal + sigma**2 / (2 * signal)  # Rayleigh; far away
-        assert abs(out.mean() - mean) < 0.1 and abs((out**2).mean() - signal**2 - 2 * sigma**2) < 5 and out.min() >= 0
+        mean = (
+            math.sqrt(math.pi / 2) * sigma if signal == 0 else signal + sigma**2 / (2 * signal)
+        )  # Rayleigh; far away
+        assert (
+            abs(out.mean() - mean) < 0.1
+            and abs((out**2).mean() - signal**2 - 2 * sigma**2) < 5
+            and out.min() >= 0
+        )
 
 
 def test_collimation_leaves_a_rectangle():
@@ -854,7 +1139,7 @@ def test_collimation_leaves_a_rectangle():
     for seed in range(40):
         field = (draw(effect(augment.collimation, most=0.15), image, seed) == 200)[..., 0]
         rows, columns = np.flatnonzero(field.any(1)), np.flatnonzero(field.any(0))
-        assert field[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1].all()
+        assert field[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all()
         kept.append((rows[0], 99 - rows[-1], columns[0], 79 - columns[-1]))
     kept = np.array(kept)
     assert kept.max() <= 15 and (kept[:, 2:].max(0) <= 12).all() and (kept.max(0) > 8).all()
@@ -862,17 +1147,32 @@ def test_collimation_leaves_a_rectangle():
 
 
 def test_grid_lines_are_one_frequency():
-    out = draw(effect(augment.grid_lines, period=4, depth=0.05), np.full((64, 64), 100, np.float32), 1)
+    out = draw(
+        effect(augment.grid_lines, period=4, depth=0.05), np.full((64, 64), 100, np.float32), 1
+    )
     power = np.abs(np.fft.fft2(out - 100)) ** 2
-    assert np.sort(power.ravel())[-2:].sum() > 0.999 * power.sum() and abs(out.std() - 5 / math.sqrt(2)) < 0.01
-    assert set(np.argwhere(power > 0.1 * power.max()).ravel()) == {0, 16, 48}  # 64 / 4, along one axis
+    assert (
+        np.sort(power.ravel())[-2:].sum() > 0.999 * power.sum()
+        and abs(out.std() - 5 / math.sqrt(2)) < 0.01
+    )
+    assert set(np.argwhere(power > 0.1 * power.max()).ravel()) == {
+        0,
+        16,
+        48,
+    }  # 64 / 4, along one axis
 
 
 def test_stain_in_its_own_space():
     image = picture(64, 64)
-    assert np.abs(draw(effect(augment.stain, spread=0), image).astype(int) - image).max() <= 1  # there and back
-    for dye in range(3):  # a pixel of one dye alone stays of that dye's colour: density ratios are kept, times a factor
-        pixel = (256 * np.exp(-1.0 * augment.HED[dye]) - 1).astype(np.float32) * np.ones((2, 2, 1), np.float32)
+    assert (
+        np.abs(draw(effect(augment.stain, spread=0), image).astype(int) - image).max() <= 1
+    )  # there and back
+    for dye in range(
+        3
+    ):  # a pixel of one dye alone stays of that dye's colour: density ratios are kept, times a factor
+        pixel = (256 * np.exp(-1.0 * augment.HED[dye]) - 1).astype(np.float32) * np.ones(
+            (2, 2, 1), np.float32
+        )
         rng = np.random.default_rng(5)
         factor, more = rng.uniform(0.7, 1.3, (3, 1)), 0.03 * rng.uniform(-1, 1, 3) @ augment.HED
         density = -np.log((augment.stain(pixel, np.random.default_rng(5), 0.3) + 1) / 256)
@@ -880,26 +1180,49 @@ def test_stain_in_its_own_space():
 
 
 def test_options_of_a_training_reach_the_views(tmp_path):
-    """reddino.Config's --augment, --window and --patch-size, from the command line to batches of slices."""
-    given = ["--data", str(tmp_path), "--augment", "ct", "--window", "-600", "1500", "--patch-size", "64", "0",
-             "--global-size", "28", "--local-size", "14", "--batch-size", "2", "--iters", "3"]
+    """reddino.Config's --augment, --window and --tile-size, from the command line to batches of slices."""
+    given = [
+        "--data",
+        str(tmp_path),
+        "--augment",
+        "ct",
+        "--window",
+        "-600",
+        "1500",
+        "--tile-size",
+        "64",
+        "0",
+        "--global-size",
+        "28",
+        "--local-size",
+        "14",
+        "--batch-size",
+        "2",
+        "--iters",
+        "3",
+    ]
     cfg = reddino.parse_args([*given, "--out", str(tmp_path / "out")])
-    assert (cfg.window, cfg.patch_size, cfg.global_scale) == ([-600, 1500], [64, 0], 0.5)  # anatomy stays in view
+    assert (cfg.window, cfg.tile_size, cfg.global_scale) == (
+        [-600, 1500],
+        [64, 0],
+        0.5,
+    )  # anatomy stays in view
     assert reddino.configure(augment="ct", global_scale=0.2).global_scale == 0.2
     assert reddino.configure(augment="ct", arch="nano").global_scale == 0.7
-    assert reddino.configure(augment="histology", patch_size=80).patch_size == [80]
-    assert reddino.configure().patch_size == [224] and reddino.configure().global_scale == 0.32
+    assert reddino.configure(augment="histology", tile_size=80).tile_size == [80]
+    assert reddino.configure().tile_size == [224] and reddino.configure().global_scale == 0.32
     for k in range(3):
         np.save(tmp_path / f"{k}.npy", np.full((100, 90), 200 * k - 800, np.int16))
-    patches, _, _ = reddino.prepare(cfg, 1)
-    assert len(patches) == 3 * 5 and patches[0].dtype == np.float32
-    for views, local, *_ in augment.batches(cfg, patches, 0, 14, 0, 1, 0, False):
-        assert views.shape == (4, 3, 28, 28) and views.dtype == torch.uint8 and local.shape == (2, 3, 14, 14)
+    tiles, _ = reddino.find_tiles(cfg)
+    assert len(tiles) == 3 * 5 and tiles[0].dtype == np.float32
+    for views, local, masks, *_ in augment.batches(cfg, tiles, 0, 14, 0, 1, 0, False):
+        assert views.shape == (2, 2, 3, 28, 28) and views.dtype == torch.uint8
+        assert local.shape == (2, 1, 3, 14, 14) and masks.shape == (2, 2, 4)
     for wrong in ("40", "40 0", "40 400 3", "nan 400"):
         with pytest.raises(UserError, match="--window"):
             reddino.parse_args([*given, "--window", *wrong.split()])
-    with pytest.raises(UserError, match="--patch-size -1: must lie between 0"):
-        reddino.configure(patch_size=[80, -1])
+    with pytest.raises(UserError, match="--tile-size -1: must lie between 0"):
+        reddino.configure(tile_size=[80, -1])
 
 
 def test_augmentations_own_filters_clip_values():
@@ -913,11 +1236,16 @@ def test_augmentations_own_filters_clip_values():
 
 # Random streams
 
+
 class Crops(torch.utils.data.Dataset):
     """Our way: the stream of a sample follows from (seed, index, epoch)."""
 
     def __init__(self, seed=0):
-        self.seed, self.epoch, self.crop = seed, 0, MultiCrop(global_size=32, local_size=16, local_crops=1)
+        self.seed, self.epoch, self.crop = (
+            seed,
+            0,
+            MultiCrop(global_size=32, local_size=16, local_crops=1),
+        )
 
     def __len__(self):
         return 12
@@ -931,7 +1259,9 @@ class Naive(Crops):
 
     def __init__(self, seed=0):
         super().__init__(seed)
-        self.crop = A.Compose([A.RandomResizedCrop((32, 32)), A.SomeOf(augment.TRANSFORMS, 4)], seed=seed)
+        self.crop = A.Compose(
+            [A.RandomResizedCrop((32, 32)), A.SomeOf(augment.TRANSFORMS, 4)], seed=seed
+        )
 
     def __getitem__(self, i):
         return np.stack([self.crop(image=picture(64, 64))["image"] for _ in range(2)])
@@ -946,7 +1276,9 @@ def check_streams(make):
             data.epoch = epoch
             loader = torch.utils.data.DataLoader(data, batch_size=3, num_workers=workers)
             run += [view.numpy().tobytes() for batch in loader for view in batch]
-        assert len(set(run)) == len(run), f"{len(run) - len(set(run))} of {len(run)} samples repeat, {workers} workers"
+        assert len(set(run)) == len(run), (
+            f"{len(run) - len(set(run))} of {len(run)} samples repeat, {workers} workers"
+        )
         runs.append(run)
     assert runs[0] == runs[1] == runs[2]
     assert not set(runs[0]) & {view.tobytes() for view in (make(seed=1)[i] for i in range(12))}
@@ -966,7 +1298,12 @@ def test_global_random_state_plays_no_part():
     for index in range(40):
         views = []
         for state in (0, 1):
-            np.random.seed(state), random.seed(state), torch.manual_seed(state), cv2.setRNGSeed(state)
+            (
+                np.random.seed(state),
+                random.seed(state),
+                torch.manual_seed(state),
+                cv2.setRNGSeed(state),
+            )
             for t in augment.TRANSFORMS:
                 t.set_random_seed(state)
             views.append(np.concatenate([v.ravel() for v in crop(patch, sample_rng(0, index, 0))]))
@@ -985,44 +1322,6 @@ def test_multicrop_can_be_sent_to_a_worker():
         assert (a[0] == b[0]).all() and (a[1] == b[1]).all()
 
 
-# The command
-
-def run_main(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["augment.py", *map(str, arguments)])
-    try:
-        augment.main()
-    except SystemExit as end:
-        return end.code
-    return 0
-
-
-def test_gallery(tmp_path, monkeypatch, capsys):
-    Image.fromarray(picture(300, 400)).save(tmp_path / "x.png")
-    pages = []
-    for seed in (0, 0, 1):
-        assert run_main(monkeypatch, tmp_path / "x.png", "-o", tmp_path / "g.png", "--seed", seed) == 0
-        pages.append(np.asarray(Image.open(tmp_path / "g.png")))
-    assert (pages[0] == pages[1]).all() and (pages[0] != pages[2]).any()
-    assert (pages[0][8:232, 8:232] == picture(300, 400)[38:262, 88:312]).all()  # the middle, as it is
-    for arguments in ((tmp_path / "no.png",), (tmp_path / "x.png", "-o", tmp_path / "no" / "g.png"),
-                      (tmp_path / "x.png", "-o", tmp_path / "g.nonsense")):
-        assert run_main(monkeypatch, *arguments) == 2
-        error = capsys.readouterr().err
-        assert error.startswith("augment.py: error: ") and error.count("\n") == 1
-
-
-@pytest.mark.parametrize("name", augment.RECIPES)
-def test_gallery_of_each_recipe(tmp_path, monkeypatch, name):
-    np.save(tmp_path / "x.npy", slice_of_noise(300, 300)), Image.fromarray(picture(300, 400)).save(tmp_path / "x.png")
-    given = (tmp_path / "x.npy", "--window", 40, 400) if name in ("ct", "mri") else (tmp_path / "x.png",)
-    assert run_main(monkeypatch, *given, "-o", tmp_path / "g.png", "--augment", name) == 0
-    page, rows = np.asarray(Image.open(tmp_path / "g.png")), 5 if name == "reddino" else 3
-    longest = 9 if name == "reddino" else max(map(len, augment.RECIPES[name]))
-    assert page.shape == (264 + 288 * rows, 8 + 232 * longest, 3)
-    for row in range(rows):  # each of the pictures is one, and not flat
-        assert page[300 + 288 * row:500 + 288 * row, 10:230].std() > 5
-
-
 def test_no_look_for_updates_and_no_threads():
     assert os.environ["NO_ALBUMENTATIONS_UPDATE"] == "1" and cv2.getNumThreads() == 1
 
@@ -1031,16 +1330,181 @@ def test_real_smears(corpus):
     chula = os.environ.get("CHULA", os.path.join(ROOT, "..", "shared", "data", "chula-rbc-12"))
     if not os.path.isdir(chula):
         pytest.skip("no Chula RBC-12: set CHULA to its folder")
-    p = Patches([os.path.join(chula, "smears")])
+    p = Tiles([os.path.join(chula, "smears")])
     assert len(p) == 9 * len(p.files) and not p.skipped  # 640 x 480 each
     global_views, local_views = MultiCrop()(p[len(p) // 2], sample_rng(0, 0, 0))
     assert global_views.std() > 1 and local_views.shape == (1, 3, 98, 98)
 
 
-@pytest.mark.parametrize("window", [["40", "0"], ["40", "-400"], ["40", "inf"], ["nan", "400"]])
-def test_a_window_that_is_none(window, tmp_path, monkeypatch, capsys):
-    np.save(tmp_path / "0.npy", np.zeros((64, 64), np.int16))
-    monkeypatch.setattr("sys.argv", ["augment.py", str(tmp_path / "0.npy"), "--augment", "ct", "--window", *window])
-    with pytest.raises(SystemExit) as stop:
-        augment.main()
-    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+# Folders
+
+
+def test_hidden_folders_links_and_loops(tmp_path):
+    for folder in ("shown", "shown/.ipynb_checkpoints", ".Trash-1000/files", "elsewhere/deep"):
+        (tmp_path / folder).mkdir(parents=True)
+        Image.fromarray(picture(40, 40)).save(tmp_path / folder / "a.png")
+    (tmp_path / "shown/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/back").symlink_to(tmp_path / "shown")  # a loop
+    (tmp_path / "shown/slide.svs").write_bytes(b"x")
+    (tmp_path / "shown/more.SVS").write_bytes(b"x")
+    found = augment.find_images(str(tmp_path / "shown"), notes := [])
+    assert [os.path.relpath(f, tmp_path / "shown") for f in found] == ["a.png", "linked/deep/a.png"]
+    assert len(notes) == 1 and "2 .svs" in notes[0]
+    assert Tiles([str(tmp_path / "shown")], 40).notes == notes
+
+
+def test_a_folder_that_can_t_be_listed_is_a_note(tmp_path, monkeypatch):
+    (tmp_path / "lost+found").mkdir()
+    Image.fromarray(picture(40, 40)).save(tmp_path / "a.png")
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("lost+found"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    tiles = Tiles([str(tmp_path)], 40)
+    assert len(tiles) == 1 and len(tiles.notes) == 1 and "lost+found" in tiles.notes[0]
+    with pytest.raises(UserError, match="nowhere"):
+        Tiles([str(tmp_path / "nowhere")], 40)
+
+
+# Deep colours
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+@pytest.mark.parametrize("bits", [12, 16])
+def test_deep_colours_are_read_by_their_own_depth(tmp_path, suffix, bits):
+    image = picture(60, 50)
+    wide = image.astype(np.uint16) << (bits - 8) | image >> (16 - bits)
+    path = str(tmp_path / f"x{suffix}")
+    cv2.imwrite(path, wide[..., ::-1])
+    assert np.abs(read_image(path).astype(int) - image).max() <= 1
+    alpha = np.full((60, 50, 1), 65535, np.uint16)
+    for transparent in (alpha, 0 * alpha):  # all there, or never written
+        cv2.imwrite(path, np.dstack([wide[..., ::-1], transparent]))
+        assert np.abs(read_image(path).astype(int) - image).max() <= 1
+    level = 2.0 ** (bits - 1)
+    windowed = read_image(path, window=(level, 2 * level))
+    assert np.abs(windowed.astype(int) - image).max() <= 1
+
+
+def test_a_hot_pixel_changes_nothing_else(tmp_path):
+    grey = picture(80, 80)[..., 0].astype(np.uint16) << 4
+    Image.fromarray(grey).save(tmp_path / "a.tif")
+    hot = grey.copy()
+    hot[0, 0] = 65535
+    Image.fromarray(hot).save(tmp_path / "hot.tif")
+    a, b = (read_image(str(tmp_path / f"{name}.tif")) for name in ("a", "hot"))
+    assert (a[1:] == b[1:]).all() and a.std() > 15 and b[0, 0, 0] == 255
+    floats = picture(80, 80)[..., 0].astype(np.float32) / 255
+    floats[0, 0] = 1.02
+    Image.fromarray(floats).save(tmp_path / "f.tif")
+    assert (
+        np.abs(
+            read_image(str(tmp_path / "f.tif"))[1:, :, 0].astype(int) - picture(80, 80)[1:, :, 0]
+        ).max()
+        <= 1
+    )
+
+
+def test_alpha_that_is_0_everywhere_was_never_written(tmp_path):
+    image = picture(40, 40)
+    rgba = np.dstack([image, np.zeros((40, 40), np.uint8)])
+    for name in ("a.png", "a.tif"):
+        Image.fromarray(rgba, "RGBA").save(tmp_path / name)
+        assert (read_image(str(tmp_path / name)) == image).all()
+
+
+def test_three_grey_pages_are_three_colours(tmp_path):
+    image = picture(40, 40)
+    pages = [Image.fromarray(np.ascontiguousarray(image[..., c])) for c in range(3)]
+    pages[0].save(tmp_path / "x.tif", save_all=True, append_images=pages[1:])
+    assert (read_image(str(tmp_path / "x.tif")) == image).all()
+
+
+def test_a_jpeg_of_thousands_of_scans_is_refused(tmp_path):
+    Image.fromarray(picture(64, 64)).save(tmp_path / "x.jpg", progressive=True)
+    read_image(str(tmp_path / "x.jpg"))
+    data = (tmp_path / "x.jpg").read_bytes()
+    scan = data[data.index(b"\xff\xda") : -2]
+    (tmp_path / "x.jpg").write_bytes(data[:-2] + 500 * scan[:20] + data[-2:])
+    with pytest.raises(BadImage, match="scans"):
+        read_image(str(tmp_path / "x.jpg"))
+
+
+# Cells, and what loads them
+
+
+def test_cells_are_found_where_they_were_drawn(tmp_path):
+    table = smears.draw(tmp_path / "drawn", 4, seed=3)
+    rows = list(csv.DictReader(open(table)))
+    tiles = Tiles([str(table.parent / "smears")], 80, unit="cells")
+    found = labelled = right = 0
+    for number, path in enumerate(tiles.files):
+        own = [(float(r["x"]), float(r["y"])) for r in rows if path.endswith(r["image"])]
+        inside = [(x, y) for x, y in own if 42 <= x <= 598 and 42 <= y <= 438]
+        centres = np.array([(x + 40, y + 40) for _, y, x in tiles.corners[number]])
+        gaps = np.linalg.norm(np.array(inside)[:, None] - centres[None], axis=2)
+        found += (gaps.min(1) < 12).sum()
+        labelled += len(inside)
+        right += (np.linalg.norm(np.array(own)[:, None] - centres[None], axis=2).min(0) < 12).sum()
+    assert labelled > 100 and found > 0.9 * labelled and right > 0.9 * len(tiles)
+    assert tiles[0].shape == (80, 80, 3)
+    with pytest.raises(UserError, match="--tile-size"):
+        Tiles([str(table.parent / "smears")], 0, unit="cells")
+
+
+def loading(tmp_path, **options):
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # plain DataLoaders of other tests left theirs
+    for k in range(4):
+        Image.fromarray(picture(96, 96, k)).save(tmp_path / f"{k}.png")
+    given = dict(
+        arch="nano", data=str(tmp_path), tile_size=48, batch_size=4, iters=6, local_crops=0
+    )
+    cfg = reddino.configure(**{**given, **options})
+    return cfg, Tiles(cfg.data, cfg.tile_size)
+
+
+def test_workers_change_nothing_and_need_no_shared_memory(tmp_path, monkeypatch):
+    cfg, tiles = loading(tmp_path)
+    runs = []
+    for workers in (0, 2):
+        loader = augment.batches(cfg, tiles, 0, 8, 0, 1, workers, False)
+        runs.append([batch for batch in loader if batch is not None])
+    assert len(runs[0]) == len(runs[1]) == 6
+    for a, b in zip(*runs):
+        assert all(torch.equal(x, y) for x, y in zip(a[:3], b[:3])) and a[3] == b[3]
+    views = augment.Views(tiles, MultiCrop("none", 32, 16, 0), 4, 0)
+    sent = augment.collate([views[0, 0, (0.0, 0.3)]])
+    assert all(isinstance(part, np.ndarray) for part in sent[:3])  # which pickle, through the pipe
+
+
+def test_a_worker_that_is_killed_or_stands_still_is_one_line(tmp_path, monkeypatch):
+    cfg, tiles = loading(tmp_path, iters=10**6)
+    for how, timeout, word in (
+        (signal.SIGKILL, 300, "--workers"),
+        (signal.SIGSTOP, 2, "--workers"),
+    ):
+        monkeypatch.setattr(augment, "LOADER_TIMEOUT", timeout)
+        loader = augment.batches(cfg, tiles, 0, 8, 0, 1, 1, False)
+        while next(loader) is None:
+            pass
+        (worker,) = multiprocessing.active_children()
+        os.kill(worker.pid, how)
+        with pytest.raises(UserError, match=word) as error:
+            for _ in range(1000):
+                next(loader)
+        assert "\n" not in str(error.value)
+        loader.close()
+
+
+def test_nothing_is_trained_on_when_nothing_can_be_read(tmp_path):
+    cfg, tiles = loading(tmp_path)
+    for path in tmp_path.iterdir():
+        path.unlink()
+    for workers in (0, 1):
+        with pytest.raises(UserError, match="can't be read"):
+            for _ in augment.batches(cfg, tiles, 0, 8, 0, 1, workers, False):
+                pass
