@@ -84,7 +84,7 @@ def few_shot_curves(figure, rows: list[dict]):
         axes.fill_between(n, mean - deviation, mean + deviation, alpha=0.15, color=colour)
     axes.minorticks_off()
     axes.set(xticks=SHOTS, xticklabels=SHOTS, xlabel="labelled cells of each class")
-    axes.set(ylabel="weighted F1, %", title=f"Mean and standard deviation of {DRAWS} linear probes")
+    axes.set(ylabel="weighted F1, %", title=f"Few-shot: mean, deviation of {DRAWS} linear probes")
     axes.legend()
 
 def confusion_matrix(figure, row: dict, classes: list[str]):
@@ -214,10 +214,10 @@ def neighbour_rows(figure, cells: Cells, crops: np.ndarray, features: dict, seed
 def curves(figure, path):
     """Of a metrics.jsonl: the loss, smoothed, and below it the scores of --eval-data."""
     lines = [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
-    names = ["loss", *sorted({k for line in lines for k in line if k.startswith("knn")})]
+    names, width = sorted({k for line in lines for k in line if k.startswith("knn")}), 1
     figure.set_size_inches(7, 5.5)
     loss, knn = figure.subplots(2, sharex=True)
-    for name, (marker, colour) in zip(names, MARKS):
+    for name, (marker, colour) in zip(["loss", *names], MARKS):
         own = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
         step, value = np.array(own, float).T
         if name == "loss":
@@ -227,23 +227,22 @@ def curves(figure, path):
         else:
             knn.plot(step, 100 * value, label=name, color=colour, marker=marker)
             knn.legend()
-    loss.set(title=f"Training: {len(lines):,} steps", ylabel="loss, nats")
+    loss.set(title="Training", ylabel="loss, nats")
     knn.set(xlabel="step", ylabel="20-NN, weighted F1, %")
 
 def demo_figures(out, table, untrained, trained, crop: int = 80, device="auto", log=print) -> list:
     """neighbours.png, tokens.png and, of OUT/metrics.jsonl, curves.png in the folder `out`: their
     paths. table: labelled cells that training has not seen; untrained, trained: as --weights."""
     out, cells = Path(out), read_cells(str(table))
-    names = {"before training": untrained, "after training": trained}
-    backbones = {name: load_backbone(path, device=device) for name, path in names.items()}
-    crops = torch.cat(list(crops_of(cells, crop, 224)))
-    features = {name: extract_features(b, crops) for name, b in backbones.items()}
-    pixels = crops.permute(0, 2, 3, 1).numpy()
+    image, crops = read_image(cells.files[0]), torch.cat(list(crops_of(cells, crop, 224)))
+    pictures, features, pixels = {"image": image}, {}, crops.permute(0, 2, 3, 1).numpy()
+    for name, path in (("before training", untrained), ("after training", trained)):
+        backbone = load_backbone(path, device=device)
+        features[name] = extract_features(backbone, crops)
+        pictures[name] = list(smear(backbone, image, crop).values())[1]
     save(out / "neighbours.png", neighbour_rows, cells, pixels, features, log=log)
-    image = read_image(cells.files[0])
-    colours = {n: list(smear(b, image, crop).values())[1] for n, b in backbones.items()}
     title = "Patch tokens, their principal components as colours: alike to the network, alike here"
-    save(out / "tokens.png", panels, title, {"image": image} | colours, 3, log=log)
+    save(out / "tokens.png", panels, title, pictures, 3, log=log)
     save(out / "curves.png", curves, out / "metrics.jsonl", log=log)
     paths = [out / f"{name}.png" for name in ("neighbours", "tokens", "curves")]
     return [path for path in paths if path.is_file()]
@@ -257,12 +256,10 @@ def gallery(figure, tile: np.ndarray, recipe: str = "reddino", seed: int = 0, wi
         return image if image.dtype == np.uint8 else apply_window(image, *window or (40, 400))
 
     views = ("first global view", "second global view", "local view")
-    groups = dict(zip(views, MultiCrop(recipe, window=window).recipe))
-    groups = groups or (GROUPS if recipe == "reddino" else {"no transforms": []})
-    rows, captions = [], []
+    views = dict(zip(views, MultiCrop(recipe, window=window).recipe))
+    groups = GROUPS if recipe == "reddino" else views
+    rows, captions = [[shown(tile)] for _ in groups], [["before"] for _ in groups]
     for r, transforms in enumerate(groups.values()):
-        rows.append([shown(tile)])
-        captions.append(["before"])
         before = tile
         for c, transform in enumerate(transforms):
             rng = sample_rng(seed, r, c)
@@ -271,8 +268,7 @@ def gallery(figure, tile: np.ndarray, recipe: str = "reddino", seed: int = 0, wi
             rows[r].append(shown(after))
             captions[r].append(getattr(transform, "function", type(transform)).__name__)
             before = after if after.dtype != before.dtype else before  # what follows needs 8 bits
-    grid = tiles(figure, rows, captions, size=1.6)
-    for axes, title in zip(grid[:, 0], groups):
+    for axes, title in zip(tiles(figure, rows, captions, size=1.6)[:, 0], groups):
         axes.set_title(title, size=9, loc="left")
     figure.suptitle(f"--augment {recipe}, seed {seed}: every pixel transform by name")
 
@@ -288,11 +284,10 @@ def main(argv: list[str] | None = None):
     try:
         check_window(args.window)
         image = read_image(args.image, window=args.window, raw=args.augment == "ct")
-        whole = args.augment in ("ct", "mri", "xray")  # anatomy is looked at as a whole
-        side = min(image.shape[:2]) if whole else 224
-        y, x = (max(0, (n - side) // 2) for n in image.shape[:2])
-        tile = image[y:y + side, x:x + side]
-        figure = figure_of(gallery, tile, args.augment, args.seed, args.window)
+        if args.augment not in ("ct", "mri", "xray"):  # anatomy is looked at as a whole
+            y, x = (max(0, n - 224) // 2 for n in image.shape[:2])
+            image = image[y:y + 224, x:x + 224]
+        figure = figure_of(gallery, image, args.augment, args.seed, args.window)
         figure.savefig(args.out, dpi=120)
     except (UserError, BadImage, OSError, ValueError) as error:  # ValueError: an --out of no kind
         parser.error(error)
