@@ -138,6 +138,8 @@ def deep_colours(path, im):
         with open(path, "rb") as file:
             bits = (file.read(25)[24],)  # the header's bit depth
     bits = bits if isinstance(bits, tuple) else (bits,)
+    if im.format == "TIFF" and im.tag_v2.get(284) == 2 and max(bits) > 8 and len(bits) > 1:
+        raise ValueError("planar colours of 16 bits: save them chunky, e.g. tiffcp -p contig IN OUT")
     if max(bits) <= 8 or im.mode in ("I;16", "I;16B", "I", "F", "L", "1", "P"):
         return None
     pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)

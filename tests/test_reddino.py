@@ -948,7 +948,7 @@ def test_parameter_groups():
     for name, group in flat.items():
         undecayed = name.endswith("bias") or re.search(r"norm\d?\.|gamma", name)
         assert group["weight_decay"] == (0 if undecayed else now["weight_decay"]), name
-        rate = 0.2 if "patch_embed.proj" in name else 1
+        rate = 0.2 if "patch_embed" in name else 1
         assert group["lr"] == pytest.approx(now["lr"] * rate), name
 
 
