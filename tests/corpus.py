@@ -1,4 +1,5 @@
 """A folder of everything that can be wrong, or merely unusual, with image files."""
+
 import os
 import struct
 import zlib
@@ -16,17 +17,27 @@ def picture(height=300, width=260, seed=0):
 
 def _bomb(width, height):
     """A PNG whose header promises width x height pixels and that has next to none."""
+
     def chunk(name, data):
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
+
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(999)))
-            + chunk(b"IEND", b""))
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(999)))
+        + chunk(b"IEND", b"")
+    )
 
 
 def bad_corpus(folder):
-    """Fills `folder`. Returns (good, bad): {path: (height, width)} as it should be read, {path: word in the reason}.
+    """Fills `folder`. Returns (good, bad): {path: (height, width)} as it should be read,
+    {path: word in the reason}.
 
-    As many good files as bad ones, so that a run goes through them. Some bad ones show only when they are decoded.
+    As many good files as bad ones, so that a run goes through them. Some bad ones show only when
+    they are decoded.
     """
     folder = str(folder)
     good, bad, rgb = {}, {}, picture()
@@ -67,7 +78,13 @@ def bad_corpus(folder):
         turned = (260, 300) if orientation > 4 else (300, 260)
         save(f"exif{orientation}.jpg", rgb, size=turned, exif=exif, quality=95)
     save("exif6.tiff", rgb, size=(260, 300), tiffinfo={0x0112: 6})
-    save("animated.webp", rgb, save_all=True, append_images=[Image.fromarray(255 - rgb)], lossless=True)
+    save(
+        "animated.webp",
+        rgb,
+        save_all=True,
+        append_images=[Image.fromarray(255 - rgb)],
+        lossless=True,
+    )
     save("pages.tif", rgb, save_all=True, append_images=[Image.new("RGB", (9, 9))])
     os.mkdir(os.path.join(folder, "folder.png"))
     save("folder.png/inside.bmp", rgb)
@@ -78,7 +95,7 @@ def bad_corpus(folder):
         with open(whole, "rb") as file:
             data = file.read()
         for tenth in range(1, 10):
-            write(f"truncated{tenth}.{name}", data[:len(data) * tenth // 10], "")
+            write(f"truncated{tenth}.{name}", data[: len(data) * tenth // 10], "")
     write("empty.jpg", b"", "not an image")
     write("page.jpg", b"<!DOCTYPE html><html><body>404 Not Found</body></html>", "not an image")
     write("bomb.png", _bomb(60_000, 60_000), "too large")

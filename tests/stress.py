@@ -1,13 +1,15 @@
-"""Kill a training of two processes at random moments, let it go on each time, and compare it with one left alone.
+"""Kill a training of two processes at random, let it go on each time, compare it with one left alone.
 
     python tests/stress.py               # 50 rounds, about 12 minutes on 2 cores
     python tests/stress.py --rounds 5 --seed 1
 
-Each round starts the same torchrun command and kills with -9 at a random moment: while it starts, while it trains or
-while it writes. Two rounds in three kill all of its processes at once (a power cut), the third kills one trainer, and
-the launcher has to end the other. Then the newest checkpoint must be there and readable, and at the end the losses of
+Each round starts the same torchrun command and kills with -9 at a random moment: while it starts,
+while it trains or while it writes. Two rounds in three kill all of its processes at once (a power
+cut), the third kills one trainer, and the launcher has to end the other. Then the newest checkpoint
+must be there and readable, and at the end the losses of
 all steps and the backbone must be bit for bit those of a run that nothing has happened to.
 """
+
 import argparse
 import contextlib
 import json
@@ -33,12 +35,23 @@ def lines(out: Path) -> list[str]:
 
 
 def start(data: Path, out: Path, iters: int) -> subprocess.Popen:
-    options = dict(data=data, out=out, arch="nano", iters=iters, batch_size=8, save_every=3, workers=1, seed=5)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "reddino.py"]
+    options = dict(
+        data=data, out=out, arch="nano", iters=iters, batch_size=8, save_every=3, workers=1, seed=5
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        ROOT / "reddino.py",
+    ]
     for name, value in options.items():
         command += [f"--{name.replace('_', '-')}", str(value)]
     log = open(out.with_suffix(".log"), "a")  # noqa: SIM115  (the process keeps it)
-    return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.Popen(
+        command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
 
 
 def kill(run: subprocess.Popen, everything: bool, chance: random.Random) -> float:
@@ -59,7 +72,12 @@ def kill(run: subprocess.Popen, everything: bool, chance: random.Random) -> floa
 def stress(folder: Path, rounds: int, seed: int = 0, say=print) -> dict:
     """The summary, as a dict; AssertionError where something was lost."""
     smears.draw(folder / "smears", 4, seed)
-    data, out, whole, iters = folder / "smears/smears", folder / "out", folder / "whole", 40 * rounds
+    data, out, whole, iters = (
+        folder / "smears/smears",
+        folder / "out",
+        folder / "whole",
+        40 * rounds,
+    )
     began = time.monotonic()
     run = start(data, whole, iters)
     while not lines(whole):
@@ -67,14 +85,20 @@ def stress(folder: Path, rounds: int, seed: int = 0, say=print) -> dict:
         assert run.poll() is None, (folder / "whole.log").read_text()
     startup = time.monotonic() - began
     assert run.wait(3600) == 0, (folder / "whole.log").read_text()
-    chance, kinds, slowest, redone = random.Random(seed), dict.fromkeys(("starting", "training"), 0), 0.0, 0
+    chance, kinds, slowest, redone = (
+        random.Random(seed),
+        dict.fromkeys(("starting", "training"), 0),
+        0.0,
+        0,
+    )
     for n in range(rounds):
         before, began = len(lines(out)), time.monotonic()
         run = start(data, out, iters)
         kind = "training" if n == 0 or chance.random() < 0.8 else "starting"
         wait, steps = startup * chance.random(), chance.randint(1, 60)
         saved = torch.load(out / "checkpoint.pth", weights_only=True)["step"] if n else 0
-        until = min(saved + steps + (n == 0) * 6, iters - 9)  # the run must not end before it is killed
+        # the run must not end before it is killed
+        until = min(saved + steps + (n == 0) * 6, iters - 9)
         while time.monotonic() - began < wait if kind == "starting" else len(lines(out)) < until:
             if run.poll() is not None or time.monotonic() - began > 300:
                 raise AssertionError((folder / "out.log").read_text()[-3000:])
@@ -88,7 +112,8 @@ def stress(folder: Path, rounds: int, seed: int = 0, say=print) -> dict:
         say(f"round {n + 1}: killed while {kind}, {len(lines(out))} steps written (before: {before}), "
             f"checkpoint of step {after}, all gone after {took:.1f} s")  # fmt: skip
     assert start(data, out, iters).wait(3600) == 0, (folder / "out.log").read_text()[-3000:]
-    of_the_process = {"seconds", "rank", "std", "in_use", "match"}  # the clock, and signs from the last 2,048 tokens it has seen
+    # the clock, and signs from the last 2,048 tokens it has seen
+    of_the_process = {"seconds", "rank", "std", "in_use", "match"}
     ours, theirs = ([{k: v for k, v in json.loads(line).items() if k not in of_the_process} for line in lines(o)]
                     for o in (out, whole))  # fmt: skip
     assert [line["step"] for line in ours] == list(range(iters))
@@ -97,8 +122,15 @@ def stress(folder: Path, rounds: int, seed: int = 0, say=print) -> dict:
     assert all(torch.equal(a[k], b[k]) for k in b)
     unreadable = (folder / "out.log").read_text().count("not a file that PyTorch can read")
     assert unreadable == 0
-    return dict(rounds=rounds, **kinds, steps=iters, steps_done_again=redone, unreadable_checkpoints=unreadable,
-                slowest_end_s=round(slowest, 1), losses_and_backbone="bit for bit those of the run left alone")
+    return dict(
+        rounds=rounds,
+        **kinds,
+        steps=iters,
+        steps_done_again=redone,
+        unreadable_checkpoints=unreadable,
+        slowest_end_s=round(slowest, 1),
+        losses_and_backbone="bit for bit those of the run left alone",
+    )
 
 
 if __name__ == "__main__":
@@ -107,4 +139,9 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
-        print(json.dumps(stress(Path(place), args.rounds, args.seed, lambda text: print(text, flush=True)), indent=1))
+        print(
+            json.dumps(
+                stress(Path(place), args.rounds, args.seed, lambda text: print(text, flush=True)),
+                indent=1,
+            )
+        )

@@ -1,4 +1,5 @@
-"""augment.py: files, patches, the 32 transforms against what 1.4's defaults gave, multi-crop, random streams."""
+"""augment.py: files, patches, the 32 transforms against what 1.4's defaults gave, multi-crop,
+random streams."""
 
 import csv
 import math
@@ -81,7 +82,8 @@ def test_corpus_is_read_or_named(corpus):
 
 
 def test_nothing_is_said_on_the_console(corpus):
-    """Neither by PIL nor by the C libraries below it: one reason per file is enough, and it is BadImage's."""
+    """Neither by PIL nor by the C libraries below it: one reason per file is enough, and it is
+    BadImage's."""
     script = """
 import sys, augment
 for path in augment.find_images(sys.argv[1]):
@@ -719,7 +721,8 @@ def test_sun_flare_is_forty_discs_laid_over_each_other():
 
 
 def test_glass_blur_moves_pixels_as_far_as_the_library_does():
-    # Each pixel holds its own position: how far did it come from? Without the two Gaussian blurs around it.
+    # Each pixel holds its own position: how far did it come from? Without the two Gaussian blurs
+    # around it.
     y, x = np.mgrid[:200, :200].astype(np.uint8)
     image, walks = np.dstack((y, x, x)), []
     for transform in (type(BY_NAME["GlassBlur"]), A.GlassBlur):
@@ -736,7 +739,8 @@ def test_glass_blur_moves_pixels_as_far_as_the_library_does():
 
 
 def test_iso_noise_has_1_4s_mean_and_spread():
-    # Against 1.4's form: Poisson grain on the lightness, Gaussian noise of color_shift * 360 * intensity on the hue
+    # Against 1.4's form: Poisson grain on the lightness, Gaussian noise of color_shift * 360 *
+    # intensity on the hue
     image = picture(400, 400, seed=1)
     out, drawn = apply("ISONoise", image, seed=2)
     rng, hls = np.random.default_rng(0), cv2.cvtColor(image / np.float32(255), cv2.COLOR_RGB2HLS)
@@ -885,7 +889,8 @@ def test_four_different_of_32_each_with_its_p(monkeypatch):
 
 
 def test_flips_and_turns(monkeypatch):
-    """Which of the eight orientations a view has: with p = 0.85 for each flip and turn the chances are known."""
+    """Which of the eight orientations a view has: with p = 0.85 for each flip and turn the chances
+    are known."""
     monkeypatch.setattr(augment, "TRANSFORMS", [A.NoOp(p=1)] * 32)
     patch = np.zeros((16, 16, 3), np.uint8)
     patch[:8, :8], patch[:8, 8:], patch[8:, :8] = 50, 100, 150
@@ -1009,7 +1014,8 @@ def test_every_entry_changes_a_picture_and_follows_its_state(name):
 
 
 def orientations(name, image):
-    """Which of the square's eight orientations of `image` the recipe's geometry alone gives, over 60 draws."""
+    """Which of the square's eight orientations of `image` the recipe's geometry alone gives, over
+    60 draws."""
     moves = [t for t in augment.RECIPES[name][0] if isinstance(t, A.HorizontalFlip | A.D4)]
     seen = set()
     for seed in range(60):
@@ -1044,7 +1050,8 @@ def test_ct_sees_through_random_windows():
     ramp = np.arange(-3000, 3000, dtype=np.float32)[None]
 
     def seen(transform):
-        """Levels and widths of 200 draws, by where the ramp begins to be above black and to be white."""
+        """Levels and widths of 200 draws, by where the ramp begins to be above black and to be
+        white."""
         ends = [
             ramp[0, np.searchsorted(draw(transform, ramp, seed)[0], [1, 255])]
             for seed in range(200)
@@ -1070,7 +1077,8 @@ def test_ct_sees_through_random_windows():
 
 
 def test_ct_keeps_the_values_up_to_its_window():
-    """Cropped, turned, blurred as floats: 1,000 HU above white come back when the window is moved there."""
+    """Cropped, turned, blurred as floats: 1,000 HU above white come back when the window is moved
+    there."""
     bright = np.full((64, 64), 2500, np.float32) + np.arange(64, dtype=np.float32)
     for seed in range(10):
         for transform in augment.RECIPES["ct"][0][:4]:
@@ -1092,7 +1100,8 @@ def test_noise_follows_the_dose():
 
 
 def test_kernel_against_its_transfer_function():
-    # A wave passes a Gaussian with exp(-(2 pi f sigma)^2 / 2), hence soft and sharp with 1 + s (1 - that)
+    # A wave passes a Gaussian with exp(-(2 pi f sigma)^2 / 2), hence soft and sharp with 1 + s (1 -
+    # that)
     wave = np.tile(100 * np.sin(2 * np.pi * np.arange(128) / 16), (32, 1)).astype(np.float32)
     for sharpness in (-1, -0.5, 0, 1):
         out = draw(effect(augment.kernel, sharpness=sharpness, sigma=1.5), wave)
@@ -1169,7 +1178,8 @@ def test_stain_in_its_own_space():
     )  # there and back
     for dye in range(
         3
-    ):  # a pixel of one dye alone stays of that dye's colour: density ratios are kept, times a factor
+        # a pixel of one dye alone stays of that dye's colour: density ratios are kept, times a factor
+    ):
         pixel = (256 * np.exp(-1.0 * augment.HED[dye]) - 1).astype(np.float32) * np.ones(
             (2, 2, 1), np.float32
         )
@@ -1180,7 +1190,8 @@ def test_stain_in_its_own_space():
 
 
 def test_options_of_a_training_reach_the_views(tmp_path):
-    """reddino.Config's --augment, --window and --tile-size, from the command line to batches of slices."""
+    """reddino.Config's --augment, --window and --tile-size, from the command line to batches of
+    slices."""
     given = [
         "--data",
         str(tmp_path),
@@ -1268,7 +1279,8 @@ class Naive(Crops):
 
 
 def check_streams(make):
-    """The same views for any number of workers; different ones for every sample and epoch, and another seed."""
+    """The same views for any number of workers; different ones for every sample and epoch, and
+    another seed."""
     runs = []
     for workers in (0, 1, 2):
         data, run = make(), []

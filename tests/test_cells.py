@@ -116,7 +116,7 @@ def test_class_folders_with_and_without_a_split(tmp_path):
     for f, part in zip(cells.file, cells.split):
         assert ("Train" in cells.files[f]) == (part == "train")
     assert said == ["cells whose split is valid are left out"]
-    (train, test), = cl.make_splits(cells, 5, 0, cl.quiet)["the folders' split"]
+    ((train, test),) = cl.make_splits(cells, 5, 0, cl.quiet)["the folders' split"]
     assert len(train) == len(test) == 6
     (tmp_path / "test").rename(tmp_path / "elsewhere")
     cells = cl.read_cells(str(tmp_path), log=said.append)  # where there is no test, val is asked
@@ -130,8 +130,10 @@ def test_class_folders_with_and_without_a_split(tmp_path):
     assert cells.classes == ["a", "b"] and len(cells.label) == 6
 
 
-@pytest.mark.parametrize("train, test", [("Train", "Test"), ("training", "TESTING"),
-                                         ("train", "val"), ("train", "validation")])
+@pytest.mark.parametrize(
+    "train, test",
+    [("Train", "Test"), ("training", "TESTING"), ("train", "val"), ("train", "validation")],
+)
 def test_split_is_understood_as_people_write_it(train, test, tmp_path):
     draw_images(tmp_path, [f"{i}.png" for i in range(8)])
     rows = [f"{i}.png,{'ab'[i % 2]},{train if i < 4 else test}" for i in range(8)]
@@ -345,6 +347,7 @@ def test_chula_is_read():
 
 def edited(edit):
     """Arguments for a CSV whose lines were changed."""
+
     def arguments(folder):
         lines = edit((folder / "cells.csv").read_text().split("\n"))
         (folder / "bad.csv").write_text("\n".join(lines))
@@ -363,6 +366,7 @@ def raw(data):
 
 def given(*more, weights="pixels"):
     """Arguments for the good CSV; TMP in them is the test's folder."""
+
     def arguments(folder):
         options = [str(option).replace("TMP", str(folder)) for option in more]
         weight = weights.replace("TMP", str(folder))

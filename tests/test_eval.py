@@ -319,9 +319,9 @@ def studies(kind, n=120, seed=0):
         runs = s % 2
         start = rng.integers(0, 4) if runs else rng.integers(0, 6)
         found = np.zeros(10)
-        found[start:start + (2 if runs else 4)] = 1
+        found[start : start + (2 if runs else 4)] = 1
         if runs:
-            found[start + 4:start + 6] = 1
+            found[start + 4 : start + 6] = 1
         x.append(np.stack([found, *rng.normal(size=(3, 10))], 1) + 0.1 * rng.normal(size=(10, 4)))
         label += [runs] * 10
     group, study = np.repeat(np.arange(n), 10), np.array(label)
@@ -356,8 +356,11 @@ def test_release_is_scikit_learn_as_the_release_uses_it():
     x, y = blobs(400, 12, 3, spread=0.5)
     cells = plain(400, label=y.numpy(), classes="abc")
     found = ev.release(x, cells, 0)
-    models = {"release, 1-NN": KNeighborsClassifier(1), "release, 20-NN": KNeighborsClassifier(20),
-              "release, logistic": LogisticRegression(C=12 * 3 / 100, tol=1e-8, max_iter=10_000)}
+    models = {
+        "release, 1-NN": KNeighborsClassifier(1),
+        "release, 20-NN": KNeighborsClassifier(20),
+        "release, logistic": LogisticRegression(C=12 * 3 / 100, tol=1e-8, max_iter=10_000),
+    }
     for name, model in models.items():
         f1 = []
         for train, test in StratifiedKFold(5).split(x, y):
@@ -681,7 +684,7 @@ def test_whole_evaluation_of_a_csv(tmp_path):
     whole = [path.read_bytes() for path in kept]
     middle = len(whole[1]) // 2
     kept[0].write_bytes(whole[0][:-100])  # kept features that are damaged are made anew
-    kept[1].write_bytes(whole[1][:middle] + bytes([whole[1][middle] ^ 1]) + whole[1][middle + 1:])
+    kept[1].write_bytes(whole[1][:middle] + bytes([whole[1][middle] ^ 1]) + whole[1][middle + 1 :])
     torch.save(torch.zeros(63, 5), kept[2])
     anew = ev.evaluate(data, weights, ["knn"], crop=24, out=out, log=said.append)
     assert len([s for s in said if "features of" in s]) == 6 and anew["rows"] == again["rows"]
@@ -713,8 +716,7 @@ def test_every_protocol_by_groups(tmp_path):
 
 
 def test_strange_names_and_labels_are_shown_as_text(tmp_path, capsys):
-    """Escapes, newlines, dollars, 100,000 characters, bytes that are no UTF-8: in classes, names.
-    """
+    """Escapes, newlines, dollars, 100,000 characters, bytes that are no UTF-8: in classes, names."""
     classes = [b"\x1b[31mred", b"$x^{$", b"new\nline", b"no \xff utf"]
     rng = np.random.default_rng(0)
     for c in classes:
@@ -817,8 +819,20 @@ def test_monitor_is_evaluates_20_nn(tmp_path):
 
 def test_command_line(tmp_path):
     data = draw_cells(tmp_path)
-    command = [sys.executable, os.path.join(HERE, "eval.py"), "--data", data, "--weights", "pixels",
-               "--protocols", "knn", "--crop", "24", "--out", tmp_path / "o"]
+    command = [
+        sys.executable,
+        os.path.join(HERE, "eval.py"),
+        "--data",
+        data,
+        "--weights",
+        "pixels",
+        "--protocols",
+        "knn",
+        "--crop",
+        "24",
+        "--out",
+        tmp_path / "o",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "1-NN, one source left out" in done.stdout and "\033" not in done.stdout

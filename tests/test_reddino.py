@@ -1,4 +1,5 @@
-"""reddino.py, the method: network, heads, targets, losses, optimiser and weights against closed forms and timm."""
+"""reddino.py, the method: network, heads, targets, losses, optimiser and weights against closed
+forms and timm."""
 
 import argparse
 import dataclasses
@@ -48,7 +49,8 @@ def a_network_of_its_own(monkeypatch):
 
 
 def tiny(**options):
-    """A Config whose networks take milliseconds: 40 prototypes, 4 images of 32 pixels, i.e. 4 x 4 patches of 8."""
+    """A Config whose networks take milliseconds: 40 prototypes, 4 images of 32 pixels, i.e. 4 x 4
+    patches of 8."""
     small = dict(
         arch="nano",
         prototypes=40,
@@ -79,7 +81,8 @@ def step(model, batch, temp):
 
 
 def shaken(module, seed=0):
-    """The module with every parameter random and LayerScale near 1: at 1e-5 all blocks would be the identity."""
+    """The module with every parameter random and LayerScale near 1: at 1e-5 all blocks would be the
+    identity."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in module.named_parameters():
@@ -97,7 +100,8 @@ def close(a, b, tolerance=1e-4):
     assert (a - b).abs().max() <= tolerance * b.abs().max()
 
 
-# ------------------------------------------------------------------------------------------- the network, against timm
+# ------------------------------------------------------------------------------------------- the
+# network, against timm
 
 
 @pytest.mark.parametrize("name,depth,registers", [
@@ -191,11 +195,13 @@ def test_activation_checkpointing_changes_no_gradient():
     assert torch.equal(*grads) and grads[0].any()
 
 
-# ------------------------------------------------------------------------------------------- positions at other sizes
+# -------------------------------------------------------------------------------------------
+# positions at other sizes
 
 
 def cubic_weights(n, size):
-    """[size, n] of bicubic interpolation (a = -0.75, edges repeated), scale (size + 0.1) / n as DINOv2, float64."""
+    """[size, n] of bicubic interpolation (a = -0.75, edges repeated), scale (size + 0.1) / n as
+    DINOv2, float64."""
 
     def kernel(t, a=-0.75):
         t = abs(t)
@@ -253,7 +259,8 @@ def test_positions_stretched_at_loading_or_on_the_way_are_the_same():
     assert vit_from_state(state, img_size=48).pos_embed.shape == (1, 37, 192)
 
 
-# ------------------------------------------------------------------------------------------- stochastic depth
+# -------------------------------------------------------------------------------------------
+# stochastic depth
 
 
 @pytest.mark.parametrize("drop", [0.25, 0.5, 0.9])
@@ -314,11 +321,13 @@ def test_logits_are_gain_times_cosine():
     np.testing.assert_allclose(head.last_layer.weight_g.grad.numpy()[:, 0], expected)
 
 
-# ------------------------------------------------------------------------------------------- the teacher's targets
+# ------------------------------------------------------------------------------------------- the
+# teacher's targets
 
 
 def textbook_sinkhorn(logits, temp, n_iters=3):
-    """SwAV's and DINOv2's loop as their papers print it, in float64: columns to 1/K, rows to 1/R, then rows to 1."""
+    """SwAV's and DINOv2's loop as their papers print it, in float64: columns to 1/K, rows to 1/R,
+    then rows to 1."""
     q = np.exp(np.asarray(logits, np.float64) / temp)
     R, K = q.shape
     q /= q.sum()
@@ -511,7 +520,8 @@ def test_koleo_is_finite_on_duplicates(dtype):
         assert loss.isfinite() and x.grad.isfinite().all()
 
 
-# ------------------------------------------------------------------------------------------- one training step
+# ------------------------------------------------------------------------------------------- one
+# training step
 
 
 def inputs(cfg, seed=0, views=2):
@@ -855,8 +865,11 @@ def test_masks_are_blocks_of_about_the_ratio(ratio):
     )  # single patches at random: 0.04 at ratio 0.1, 0.28 at 0.5 (both neighbours by chance)
     assert np.array_equal(augment.block_mask(np.random.default_rng(7), 16, 16, ratio),
                           augment.block_mask(np.random.default_rng(7), 16, 16, ratio))  # fmt: skip
-    assert not np.array_equal(augment.block_mask(np.random.default_rng(7), 16, 16, ratio),
-                              augment.block_mask(np.random.default_rng(8), 16, 16, ratio))  # fmt: skip
+    assert not np.array_equal(
+        augment.block_mask(np.random.default_rng(7), 16, 16, ratio),
+        # fmt: skip
+        augment.block_mask(np.random.default_rng(8), 16, 16, ratio),
+    )
 
 
 def test_masks_lie_anywhere_and_none_at_ratio_0():
@@ -898,7 +911,8 @@ def test_half_of_the_views_are_masked_their_ratios_spread_evenly(views):
     assert views == 2 or not np.array_equal(drawn[4], augment.mask_ratios(4, 4, views))
 
 
-# ------------------------------------------------------------------------------------------- optimiser and schedules
+# -------------------------------------------------------------------------------------------
+# optimiser and schedules
 
 
 def test_schedules_at_their_corners():
@@ -952,7 +966,8 @@ def test_parameter_groups():
         assert group["lr"] == pytest.approx(now["lr"] * rate), name
 
 
-# ------------------------------------------------------------------------------------------- signs of collapse, cost
+# ------------------------------------------------------------------------------------------- signs
+# of collapse, cost
 
 
 @pytest.mark.parametrize("rank", [1, 5, 16])
@@ -1001,7 +1016,8 @@ def test_match_is_how_often_a_view_finds_its_partner_among_64():
     assert watched(half)[0]["match"] == pytest.approx(0.5, abs=0.06)
 
 
-# ------------------------------------------------------------------------------------------- weights in
+# -------------------------------------------------------------------------------------------
+# weights in
 
 
 @pytest.fixture(scope="module")
@@ -1169,8 +1185,11 @@ def test_a_name_offline_and_a_path_that_is_not_there(monkeypatch, tmp_path, back
         raise urllib.error.URLError("no route")
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
-    for name, file in (("dinov2_vits14", "dinov2_vits14/dinov2_vits14_pretrain.pth"),
-                       ("dinov2_vitg14_reg", "dinov2_vitg14/dinov2_vitg14_reg4_pretrain.pth")):  # fmt: skip
+    for name, file in (
+        ("dinov2_vits14", "dinov2_vits14/dinov2_vits14_pretrain.pth"),
+        # fmt: skip
+        ("dinov2_vitg14_reg", "dinov2_vitg14/dinov2_vitg14_reg4_pretrain.pth"),
+    ):
         with pytest.raises(UserError, match=name):
             read_backbone(name)
         assert asked[-1][0].endswith(file) and asked[-1][1] is True
@@ -1181,7 +1200,8 @@ def test_a_name_offline_and_a_path_that_is_not_there(monkeypatch, tmp_path, back
     assert read_backbone("dinov2_vits14").keys() == backbone.keys()
 
 
-# ------------------------------------------------------------------------------------------- options
+# -------------------------------------------------------------------------------------------
+# options
 
 
 def test_every_option_is_in_the_help_with_its_default():
@@ -1260,8 +1280,21 @@ def test_nonsense_gets_one_line_and_exit_2(line, word, capsys, monkeypatch, tmp_
 
 
 def test_no_traceback_on_stderr(tmp_path):
-    run = subprocess.run([sys.executable, reddino.__file__, "--data", str(tmp_path / "nowhere"), "--arch", "nano",
-                          "--out", str(tmp_path / "out")], capture_output=True, text=True)  # fmt: skip
+    run = subprocess.run(
+        [
+            sys.executable,
+            reddino.__file__,
+            "--data",
+            str(tmp_path / "nowhere"),
+            "--arch",
+            "nano",
+            # fmt: skip
+            "--out",
+            str(tmp_path / "out"),
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 2 and "nowhere" in run.stderr
     assert run.stderr.startswith("reddino.py: error: ") and run.stderr.count("\n") == 1
 

@@ -55,7 +55,8 @@ def small():
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """Two folders of 96 x 96 pictures, 4 patches of 48 each: 3 and 5 of them, 32 patches, 8 batches of 4 an epoch."""
+    """Two folders of 96 x 96 pictures, 4 patches of 48 each: 3 and 5 of them, 32 patches, 8 batches
+    of 4 an epoch."""
     folder = tmp_path_factory.mktemp("images")
     for name, count in (("a", 3), ("b", 5)):
         (folder / name).mkdir()
@@ -183,7 +184,8 @@ def whole(images, tmp_path_factory):
     return out
 
 
-# ------------------------------------------------------------------------------------------- a run, and going on
+# ------------------------------------------------------------------------------------------- a run,
+# and going on
 
 
 def test_a_run_writes_what_it_says(whole):
@@ -229,7 +231,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(
 
 
 def test_killed_at_any_moment(tmp_path):
-    """Three rounds of tests/stress.py: two processes under torchrun, kill -9 at a random moment, bit for bit."""
+    """Three rounds of tests/stress.py: two processes under torchrun, kill -9 at a random moment,
+    bit for bit."""
     summary = stress(tmp_path, rounds=3)
     assert summary["rounds"] == 3 and summary["unreadable_checkpoints"] == 0
 
@@ -558,7 +561,8 @@ def test_one_folder_may_be_a_string_and_none_is_refused(tmp_path):
         train(configure(out=str(tmp_path), arch="nano"))
 
 
-# ------------------------------------------------------------------------------------------- numbers gone wrong
+# -------------------------------------------------------------------------------------------
+# numbers gone wrong
 
 
 def plant(kind, losses, model):
@@ -607,7 +611,8 @@ def test_three_in_a_row_stop_the_run(images, tmp_path, monkeypatch, capsys):
     assert len(losses(tmp_path)) == 10
 
 
-# ------------------------------------------------------------------------------------------- bad data
+# ------------------------------------------------------------------------------------------- bad
+# data
 
 
 def listed(out):
@@ -726,7 +731,8 @@ def test_init_of_another_architecture(images, tmp_path, capsys):
         assert net["backbone.pos_embed"].shape == (1, 17, 128)
 
 
-# ------------------------------------------------------------------------------------------- who reads what
+# ------------------------------------------------------------------------------------------- who
+# reads what
 
 
 def drawn(images, world, start=0, **more):
@@ -783,10 +789,12 @@ def test_masks_are_drawn_by_sample(images):
     assert torch.equal(batch[0][2], torch.as_tensor(views[draw[2]][0]))
 
 
-# ------------------------------------------------------------------------------------------- several processes
+# -------------------------------------------------------------------------------------------
+# several processes
 
 DRIVER = '''
-"""Runs each config of a JSON file in turn, as one of torchrun's processes; prints how each ended."""
+"""Runs each config of a JSON file in turn, as one of torchrun's processes; prints how each
+ended."""
 import atexit, json, os, signal, sys
 from pathlib import Path
 import torch
@@ -842,7 +850,8 @@ def torchrun(tmp_path, jobs, logits=None):
 
 @pytest.fixture(scope="module")
 def two(images, tmp_path_factory):
-    """What two processes made: 20 steps in both centerings, one of them stopped by a signal to one process, resumed."""
+    """What two processes made: 20 steps in both centerings, one of them stopped by a signal to one
+    process, resumed."""
     folder = tmp_path_factory.mktemp("two")
     exact = dict(iters=20, dtype="float64", drop_path=0.0, log_every=7, save_every=50)
     runs = {
@@ -854,9 +863,13 @@ def two(images, tmp_path_factory):
         for name, more in runs.items()
     ]
     short = options(images, folder / "short", iters=9, save_every=3)
-    jobs += [{"name": "stopped", "options": short, "stop": 4}, {"name": "resumed", "options": short},
-             {"name": "uncut", "options": {**short, "out": str(folder / "uncut")}},
-             {"name": "nan", "options": options(images, folder / "nan", iters=4), "nan": 2}]  # fmt: skip
+    jobs += [
+        {"name": "stopped", "options": short, "stop": 4},
+        {"name": "resumed", "options": short},
+        {"name": "uncut", "options": {**short, "out": str(folder / "uncut")}},
+        # fmt: skip
+        {"name": "nan", "options": options(images, folder / "nan", iters=4), "nan": 2},
+    ]
     logits = torch.randn(10, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     run = torchrun(folder, jobs, logits)
     assert run.returncode == 0, run.stderr[-3000:]

@@ -1,4 +1,5 @@
 """smears.py: reproducible drawings, true labels, and classes that colour gives no hint of."""
+
 import csv
 import subprocess
 import sys
@@ -31,10 +32,14 @@ def read(path):
 
 def run(*args):
     script = Path(smears.__file__)
-    return subprocess.run([sys.executable, str(script), *map(str, args)], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, str(script), *map(str, args)], capture_output=True, text=True
+    )
 
 
-# ------------------------------------------------------------------------------------------- the random streams
+# ------------------------------------------------------------------------------------------- the
+# random streams
+
 
 def test_same_seed_gives_the_same_files_whatever_the_count(drawn, tmp_path):
     out, rows = drawn
@@ -44,14 +49,17 @@ def test_same_seed_gives_the_same_files_whatever_the_count(drawn, tmp_path):
         assert (tmp_path / "few" / name).read_bytes() == (out / name).read_bytes()
     with open(table, newline="") as file:
         few = list(csv.DictReader(file))
-    assert few == rows[:len(few)] and rows[len(few)]["image"] == "smears/0003.jpg"
+    assert few == rows[: len(few)] and rows[len(few)]["image"] == "smears/0003.jpg"
 
 
 def test_a_finished_drawing_is_not_drawn_again(drawn, monkeypatch):
     out, _ = drawn
     before = (out / "cells.csv").read_bytes()
     monkeypatch.setattr(smears, "smear", None)  # drawing would fail
-    assert smears.draw(out, images=IMAGES, seed=0) == out / "cells.csv" and (out / "cells.csv").read_bytes() == before
+    assert (
+        smears.draw(out, images=IMAGES, seed=0) == out / "cells.csv"
+        and (out / "cells.csv").read_bytes() == before
+    )
     assert {path.name for path in out.iterdir()} == {"smears", "cells.csv", "drawn.txt"}
     (out / "cells.csv").rename(out / "aside")  # broken off before the table
     with pytest.raises(TypeError):
@@ -80,12 +88,16 @@ def test_images_of_a_patient_share_source_and_stain(drawn):
     assert len(set.union(*sources.values())) == len(smears.SOURCES) >= 4
 
 
-# ------------------------------------------------------------------------------------------------- the labels
+# -------------------------------------------------------------------------------------------------
+# the labels
+
 
 def test_csv_has_the_agreed_columns_and_all_centres_lie_inside(drawn):
     out, rows = drawn
     assert list(rows[0]) == ["image", "x", "y", "label", "group", "source"]
-    assert {row["image"] for row in rows} == {path.relative_to(out).as_posix() for path in (out / "smears").iterdir()}
+    assert {row["image"] for row in rows} == {
+        path.relative_to(out).as_posix() for path in (out / "smears").iterdir()
+    }
     for row in rows:
         assert 40 <= float(row["x"]) <= 640 - 40 and 40 <= float(row["y"]) <= 480 - 40
     assert read(out / rows[0]["image"]).shape == (480, 640, 3)
@@ -103,21 +115,34 @@ def test_every_class_is_there_in_the_same_proportions_everywhere(drawn):
 
 
 def test_labels_lie_on_their_cells(drawn):
-    """Light through a cell's centre is weaker than through the empty background near by, whatever the class."""
+    """Light through a cell's centre is weaker than through the empty background near by, whatever
+    the class."""
     out, rows = drawn
     images, darker = {}, defaultdict(list)
     for row in rows:
         if row["image"] not in images:
-            images[row["image"]] = read(out / row["image"])[..., 1].astype(float)  # green: where eosin absorbs
+            # green: where eosin absorbs
+            images[row["image"]] = read(out / row["image"])[..., 1].astype(float)
         image, x, y = images[row["image"]], round(float(row["x"])), round(float(row["y"]))
-        around = image[max(0, y - 60):y + 61, max(0, x - 60):x + 61]
-        darker[row["label"]].append(image[y - 1:y + 2, x - 1:x + 2].mean() < 0.93 * np.percentile(around, 90))
+        around = image[max(0, y - 60) : y + 61, max(0, x - 60) : x + 61]
+        darker[row["label"]].append(
+            image[y - 1 : y + 2, x - 1 : x + 2].mean() < 0.93 * np.percentile(around, 90)
+        )
     for label, hits in darker.items():
         assert np.mean(hits) > 0.97, (label, np.mean(hits))
-    rng = np.random.default_rng(0)  # and the measure can fail: random places are background as often as not
+    # and the measure can fail: random places are background as often as not
+    rng = np.random.default_rng(0)
     image = images[rows[0]["image"]]
     at = rng.uniform((60, 60), (420, 580), (500, 2)).astype(int)
-    assert np.mean([image[y, x] < 0.93 * np.percentile(image[y - 60:y + 61, x - 60:x + 61], 90) for y, x in at]) < 0.7
+    assert (
+        np.mean(
+            [
+                image[y, x] < 0.93 * np.percentile(image[y - 60 : y + 61, x - 60 : x + 61], 90)
+                for y, x in at
+            ]
+        )
+        < 0.7
+    )
 
 
 @pytest.mark.parametrize("name", smears.CLASSES)
@@ -128,15 +153,19 @@ def test_shapes_hold_their_centre_and_stay_within_their_reach(name):
     r = np.hypot(u, v)
     for seed in range(100):
         inside, haemoglobin, azure = shape(u, v, np.random.default_rng(seed))
-        assert (inside[r < 0.2] > 0).all()  # labels are up to 3.5 px = 0.16 radii off along each axis
-        assert (inside[np.maximum(abs(u), abs(v)) > reach] < 0.05).all()  # nothing is cut by the window of `stamp`
+        # labels are up to 3.5 px = 0.16 radii off along each axis
+        assert (inside[r < 0.2] > 0).all()
+        # nothing is cut by the window of `stamp`
+        assert (inside[np.maximum(abs(u), abs(v)) > reach] < 0.05).all()
         cell = inside > 0
-        assert 0.3 < cell.sum() * 0.05 ** 2 < 4.5  # area in radii squared; a disc has 3.1
+        assert 0.3 < cell.sum() * 0.05**2 < 4.5  # area in radii squared; a disc has 3.1
         assert haemoglobin[cell].min() > 0.1 and haemoglobin[cell].max() < 1.3
         assert (azure[cell].max() > 0.4) == (name == "ring")
 
 
-# --------------------------------------------------------------------------- what must not give the class away
+# --------------------------------------------------------------------------- what must not give the
+# class away
+
 
 def held_out_f1(features, rows):
     """20 nearest neighbours, fitted on some patients, scored on others: weighted F1, and that of always "normal"."""
@@ -144,8 +173,10 @@ def held_out_f1(features, rows):
     test = np.isin(groups, sorted(set(groups))[::3])
     knn = KNeighborsClassifier(20, metric="cosine").fit(features[~test], labels[~test])
     always = np.full(test.sum(), "normal")
-    return (f1_score(labels[test], knn.predict(features[test]), average="weighted"),
-            f1_score(labels[test], always, average="weighted", zero_division=0))
+    return (
+        f1_score(labels[test], knn.predict(features[test]), average="weighted"),
+        f1_score(labels[test], always, average="weighted", zero_division=0),
+    )
 
 
 def test_neither_colour_nor_small_pixels_tell_the_class(drawn):
@@ -155,15 +186,21 @@ def test_neither_colour_nor_small_pixels_tell_the_class(drawn):
         if row["image"] != path:
             path, image = row["image"], read(out / row["image"])
         x, y = round(float(row["x"])), round(float(row["y"]))
-        crop = image[y - 40:y + 40, x - 40:x + 40]
-        colours.append(np.concatenate([np.histogram(crop[..., c], 32, (0, 256))[0] for c in range(3)]))
-        pixels.append(np.asarray(Image.fromarray(crop).resize((16, 16), Image.Resampling.BOX), float).ravel())
+        crop = image[y - 40 : y + 40, x - 40 : x + 40]
+        colours.append(
+            np.concatenate([np.histogram(crop[..., c], 32, (0, 256))[0] for c in range(3)])
+        )
+        pixels.append(
+            np.asarray(Image.fromarray(crop).resize((16, 16), Image.Resampling.BOX), float).ravel()
+        )
     colour, always = held_out_f1(np.array(colours), rows)
     assert colour < always + 0.1  # measured on 200 images: 0.29 against 0.28
     assert held_out_f1(np.array(pixels), rows)[0] < 0.55  # measured: 0.41
 
 
-# ------------------------------------------------------------------------------------------------------- CT slices
+# --------------------------------------------------------------------------------------------------
+# ----- CT slices
+
 
 @pytest.fixture(scope="module")
 def slices(tmp_path_factory):
@@ -182,10 +219,17 @@ def test_slices_are_reproducible_values(slices, tmp_path):
     with open(tmp_path / "few" / "cells.csv", newline="") as file:
         assert list(csv.DictReader(file)) == rows[:4]
     assert (smears.ct(1, 0)[0] != smears.ct(0, 0)[0]).mean() > 0.5
-    assert {path.relative_to(out).as_posix() for path in (out / "slices").iterdir()} == {row["image"] for row in rows}
+    assert {path.relative_to(out).as_posix() for path in (out / "slices").iterdir()} == {
+        row["image"] for row in rows
+    }
     for k in (0, 100, 200):
         hu = np.load(out / f"slices/{k:04d}.npy")
-        assert hu.dtype == np.int16 and hu.shape == (512, 512) and hu.min() >= -1024 and 350 < hu.max() <= 3071
+        assert (
+            hu.dtype == np.int16
+            and hu.shape == (512, 512)
+            and hu.min() >= -1024
+            and 350 < hu.max() <= 3071
+        )
         assert abs(np.median(hu[:40]) + 1000) < 15  # air around the patient
         lung = np.median(hu[200:300, 110:170])
         assert -900 < lung < -800
@@ -200,13 +244,23 @@ def test_every_aorta_is_labelled_and_nothing_but_itself_tells_its_class(slices):
     assert max(Counter(row["group"] for row in rows).values()) == 2 * smears.PER_STUDY
     assert all(40 <= float(row[axis]) <= 512 - 40 for row in rows for axis in "xy")
     counts = Counter(row["label"] for row in rows)
-    assert set(counts) == set(smears.AORTAS) and counts["normal"] > 240 and min(counts.values()) >= 20
+    assert (
+        set(counts) == set(smears.AORTAS) and counts["normal"] > 240 and min(counts.values()) >= 20
+    )
     groups = {label: {row["group"] for row in rows if row["label"] == label} for label in counts}
-    assert all(len(groups[label]) == 6 for label in counts if label != "normal") and len(groups["normal"]) > 20
-    assert {(row["source"], row["label"]) for row in rows} == {(s, c) for s in smears.SCANNERS for c in smears.AORTAS}
+    assert (
+        all(len(groups[label]) == 6 for label in counts if label != "normal")
+        and len(groups["normal"]) > 20
+    )
+    assert {(row["source"], row["label"]) for row in rows} == {
+        (s, c) for s in smears.SCANNERS for c in smears.AORTAS
+    }
     for group in {row["group"] for row in rows}:  # one patient, one scanner, at most one disease
         of = [row for row in rows if row["group"] == group]
-        assert len({row["source"] for row in of}) == 1 and len({row["label"] for row in of} - {"normal"}) <= 1
+        assert (
+            len({row["source"] for row in of}) == 1
+            and len({row["label"] for row in of} - {"normal"}) <= 1
+        )
 
 
 def cross_section(kind, seed, blood=300):
@@ -222,7 +276,8 @@ def test_what_makes_each_class(kind):
     """In square millimetres and HU, by counting pixels: classes do not touch each other."""
     for seed in range(60):
         hu = cross_section(kind, seed)
-        outer = np.ptp(np.argwhere(np.abs(hu) > 20), axis=0).max() * smears.MM / 2  # with wall and bed of fat
+        # with wall and bed of fat
+        outer = np.ptp(np.argwhere(np.abs(hu) > 20), axis=0).max() * smears.MM / 2
         blood, plaque = (hu > 150).sum() * smears.MM**2, (hu > 500).sum() * smears.MM**2
         assert (plaque > 3) == (kind == "calcified")
         radius = np.sqrt(blood / np.pi)
@@ -243,16 +298,24 @@ def test_mean_brightness_does_not_tell_aortas_apart(slices):
     crops = []
     for row in rows:
         x, y = round(float(row["x"])), round(float(row["y"]))
-        crops.append(np.load(out / row["image"], mmap_mode="r")[y - 40:y + 40, x - 40:x + 40].astype(float))
+        crops.append(
+            np.load(out / row["image"], mmap_mode="r")[y - 40 : y + 40, x - 40 : x + 40].astype(
+                float
+            )
+        )
     labels, groups = (np.array([row[key] for row in rows]) for key in ("label", "group"))
     test = np.isin(groups, sorted(set(groups))[::3])
     means = np.array(crops).mean((1, 2))[:, None]
     guess = KNeighborsClassifier(20).fit(means[~test], labels[~test]).predict(means[test])
-    always = f1_score(labels[test], np.full(test.sum(), "normal"), average="weighted", zero_division=0)
+    always = f1_score(
+        labels[test], np.full(test.sum(), "normal"), average="weighted", zero_division=0
+    )
     assert f1_score(labels[test], guess, average="weighted") < always + 0.1
 
 
-# --------------------------------------------------------------------------------------------- the command line
+# --------------------------------------------------------------------------------------------- the
+# command line
+
 
 def test_command_line_draws_and_draws_again_but_never_over_other_files(tmp_path):
     out = tmp_path / "smears here"
@@ -267,10 +330,22 @@ def test_command_line_draws_and_draws_again_but_never_over_other_files(tmp_path)
     other = tmp_path / "photos"
     other.mkdir()
     (other / "holiday.jpg").write_bytes(b"dear")
-    for args in ((out, "--images", 2, "--seed", 5), (out, "--images", 1, "--seed", 6), (other,),
-                 (other / "holiday.jpg",), (tmp_path / "new", "--images", 0), (tmp_path / "new", "--seed", -1)):
+    for args in (
+        (out, "--images", 2, "--seed", 5),
+        (out, "--images", 1, "--seed", 6),
+        (other,),
+        (other / "holiday.jpg",),
+        (tmp_path / "new", "--images", 0),
+        (tmp_path / "new", "--seed", -1),
+    ):
         answer = run(*args)
-        assert answer.returncode == 2 and answer.stderr.startswith("smears.py: error: ") and not answer.stdout
+        assert (
+            answer.returncode == 2
+            and answer.stderr.startswith("smears.py: error: ")
+            and not answer.stdout
+        )
         assert answer.stderr.count("\n") == 1
-    assert (out / "cells.csv").read_text() == before and [p.name for p in other.iterdir()] == ["holiday.jpg"]
+    assert (out / "cells.csv").read_text() == before and [p.name for p in other.iterdir()] == [
+        "holiday.jpg"
+    ]
     assert not (tmp_path / "new").exists()
