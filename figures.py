@@ -32,8 +32,18 @@ from augment import (
     read_image,
     sample_rng,
 )
-from cells import Cells, crops_of, network_input, printable, read_cells
-from eval import DRAWS, SHOTS, VisionTransformer, extract_features, load_backbone
+from eval import (
+    DRAWS,
+    SHOTS,
+    Cells,
+    VisionTransformer,
+    crops_of,
+    extract_features,
+    load_backbone,
+    network_input,
+    printable,
+    read_cells,
+)
 
 COLOURS = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#000000"]
 MARKS = list(zip("oXs*^PvD" * 7, COLOURS * 8))  # 56 different ones

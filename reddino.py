@@ -211,8 +211,8 @@ def conv_stem() -> nn.Sequential:
     Convolutions Help Transformers See Better")."""
     layers, before = [], 3
     for number, width in enumerate(STEM_WIDTHS):
-        convolution = nn.Conv2d(before, width, 3, stride=2 - number % 2, padding=1)
-        layers += [convolution, nn.GroupNorm(1, width), nn.GELU()]
+        convolution = nn.Conv2d(before, width, 3, stride=2 - number % 2, padding=1, bias=False)
+        layers += [convolution, nn.GroupNorm(width // 8, width), nn.GELU()]
         before = width
     return nn.Sequential(*layers)
 

@@ -9,8 +9,9 @@ from corpus import picture
 from PIL import Image
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
-import cells as cl
 import eval as ev
+
+cl = ev
 from augment import UserError
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -222,24 +223,6 @@ def test_slices_are_scored_through_their_window(tmp_path):
     assert results["window"] == (0, 2000) and results["rows"][0]["accuracy"] == 1
     with pytest.raises(UserError, match="all cells are of one image"):  # all is white there
         cl.read_cells(str(table), window=(-5000, 10))
-
-
-def test_the_patient_of_a_dicom_file_is_its_group(tmp_path, monkeypatch):
-    draw_images(tmp_path, [f"{i}.png" for i in range(8)])
-    rows = [f"{i}.png,{'ab'[i % 2]}" for i in range(8)]
-    (tmp_path / "t.csv").write_text("\n".join(["image,label", *rows]))
-    patients = {f"{i}.png": "one" if i < 3 else None for i in range(8)}
-    monkeypatch.setattr(cl, "dicom_patient", lambda path: patients[os.path.basename(path)])
-    cells = cl.read_cells(str(tmp_path / "t.csv"))
-    assert cells.by == "group" and len(set(cells.group[:3])) == 1 and len(set(cells.group)) == 6
-    rows = [f"{row},q{i % 4}" for i, row in enumerate(rows)]
-    (tmp_path / "t.csv").write_text("\n".join(["image,label,group", *rows]))
-    cells = cl.read_cells(str(tmp_path / "t.csv"))  # what the table says comes first
-    assert len(set(cells.group)) == 4
-
-
-# --------------------------------------------------------------------------------------------------
-# Crops.
 
 
 def test_a_crop_goes_on_at_the_edge(tmp_path):

@@ -22,9 +22,10 @@ from sklearn.model_selection import StratifiedKFold
 from sklearn.neighbors import KNeighborsClassifier
 from test_cells import HERE, draw_cells, plain
 
-import cells as cl
 import eval as ev
-import finetune
+
+cl = ev
+import eval as finetune
 from augment import MEAN, STD, UserError
 from reddino import build_vit
 

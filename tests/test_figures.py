@@ -12,8 +12,9 @@ from sklearn.decomposition import PCA
 from test_cells import draw_cells
 from test_eval import small, timm_vit
 
-import cells as cl
 import eval as ev
+
+cl = ev
 import figures
 from reddino import build_vit, resize_pos_embed
 
