@@ -139,7 +139,7 @@ def deep_colours(path, im):
             bits = (file.read(25)[24],)  # the header's bit depth
     bits = bits if isinstance(bits, tuple) else (bits,)
     if im.format == "TIFF" and im.tag_v2.get(284) == 2 and max(bits) > 8 and len(bits) > 1:
-        raise ValueError("planar colours of 16 bits: save them chunky, e.g. tiffcp -p contig IN OUT")
+        raise ValueError("planar colours of 16 bits: save them chunky, e.g. tiffcp -p contig A B")
     if max(bits) <= 8 or im.mode in ("I;16", "I;16B", "I", "F", "L", "1", "P"):
         return None
     pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
@@ -637,9 +637,9 @@ def bias_field(x, rng, strength):
     log = cv2.resize(rng.normal(0, strength, (3, 3)), x.shape[1::-1], interpolation=cv2.INTER_CUBIC)
     return x * np.exp(log)[..., None]
 
-# breath, pulse: in k-space all but each n-th line are weaker by `share`, which
+# Breath, pulse: in k-space all but each n-th line are weaker by `share`, which amounts to n faint
+# copies along the phase-encoding axis.
 def ghosting(x, rng, copies, share):
-    # amounts to n faint copies along the phase-encoding axis
     n, axis = int(copies), rng.integers(2)
     copies = sum(np.roll(x, k * x.shape[axis] // n, axis) for k in range(n))
     return (1 - share) * x + share / n * copies
@@ -662,9 +662,9 @@ def grid_lines(x, rng, period, depth):  # of the grid that holds back scattered 
 # Optical density of haematoxylin, eosin and DAB in R, G, B (Ruifrok and Johnston 2001)
 HED = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
 
-# more or less of each dye (Tellez et al. 2018). A.HEStain drops what its two dyes don't
+# More or less of each dye (Tellez et al. 2018). A.HEStain drops what its two dyes don't explain: 24
+# grey levels on a drawn smear, before it has varied anything.
 def stain(x, rng, spread):
-    # explain: 24 grey levels on a drawn smear, before it has varied anything
     to_dyes_and_back = np.linalg.inv(HED) @ (rng.uniform(1 - spread, 1 + spread, (3, 1)) * HED)
     more = spread / 10 * rng.uniform(-1, 1, 3) @ HED
     # -log is density (Beer-Lambert)

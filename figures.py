@@ -222,27 +222,32 @@ def neighbour_rows(figure, cells: Cells, crops: np.ndarray, features: dict, seed
                     "blue, of the same class; dotted orange, of another", size=10)
 
 def curves(figure, path):
-    """Of a metrics.jsonl: the loss, smoothed, and below it the scores of --eval-data."""
+    """Of a metrics.jsonl: the losses, smoothed, and the shares (0 to 1) that grow as it learns: how
+    often a view finds its partner among 64, and the scores of --eval-data where there are any."""
     lines = [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
-    names, width = sorted({k for line in lines for k in line if k.startswith("knn")}), 1
-    figure.set_size_inches(7, 5.5)
-    loss, knn = figure.subplots(2, sharex=True)
-    for name, (marker, colour) in zip(["loss", *names], MARKS):
+    figure.set_size_inches(9, 3.6)
+    losses, shares = figure.subplots(1, 2)
+    names = sorted({key for line in lines for key in line if key.startswith("knn")})
+    axes = {"loss": losses, "dino": losses, "match": shares} | dict.fromkeys(names, shares)
+    for (name, on), (marker, colour) in zip(axes.items(), MARKS):
         own = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+        if not own:
+            continue
         step, value = np.array(own, float).T
-        if name == "loss":
-            width = 1 + len(own) // 50
-            value = np.convolve(value, np.ones(width) / width, "valid")
-            loss.plot(step[width - 1:], value, color=colour)
-        else:
-            knn.plot(step, 100 * value, label=name, color=colour, marker=marker)
-            knn.legend()
-    loss.set(title="Training", ylabel="loss, nats")
-    knn.set(xlabel="step", ylabel="20-NN, weighted F1, %")
+        width = 1 + len(own) // 50
+        value = np.convolve(value, np.ones(width) / width, "valid")
+        on.plot(step[width - 1:], value if on is losses else 100 * value, color=colour, label=name,
+                marker=marker if len(own) < 30 else None)
+    losses.set(title="Losses: all, and that of class tokens", xlabel="step", ylabel="nats")
+    shares.set(title="A view finds its partner among 64 (chance: 2%)"
+                     + "; 20-NN, weighted F1" * bool(names), xlabel="step", ylabel="%")
+    for on in (losses, shares):
+        if on.lines:
+            on.legend()
 
 def demo_figures(out, table, untrained, trained, crop: int = 80, device="auto", log=print) -> list:
-    """neighbours.png, tokens.png and, of OUT/metrics.jsonl, curves.png in the folder `out`: their
-    paths. table: labelled cells that training has not seen; untrained, trained: as --weights."""
+    """neighbours.png, tokens.png and, of OUT/metrics.jsonl, curves.png in OUT/scores: their paths.
+    table: labelled cells that training has not seen; untrained, trained: as --weights."""
     out, cells = Path(out), read_cells(str(table))
     image, crops = read_image(cells.files[0]), torch.cat(list(crops_of(cells, crop, 224)))
     pictures, features, pixels = {"image": image}, {}, crops.permute(0, 2, 3, 1).numpy()
@@ -250,11 +255,13 @@ def demo_figures(out, table, untrained, trained, crop: int = 80, device="auto", 
         backbone = load_backbone(path, device=device)
         features[name] = extract_features(backbone, crops)
         pictures[name] = list(smear(backbone, image, crop).values())[1]
-    save(out / "neighbours.png", neighbour_rows, cells, pixels, features, log=log)
+    folder = out / "scores"
+    folder.mkdir(exist_ok=True)
+    save(folder / "neighbours.png", neighbour_rows, cells, pixels, features, log=log)
     title = "Patch tokens, their principal components as colours: alike to the network, alike here"
-    save(out / "tokens.png", panels, title, pictures, 3, log=log)
-    save(out / "curves.png", curves, out / "metrics.jsonl", log=log)
-    paths = [out / f"{name}.png" for name in ("neighbours", "tokens", "curves")]
+    save(folder / "tokens.png", panels, title, pictures, 3, log=log)
+    save(folder / "curves.png", curves, out / "metrics.jsonl", log=log)
+    paths = [folder / f"{name}.png" for name in ("neighbours", "tokens", "curves")]
     return [path for path in paths if path.is_file()]
 
 # --------------------------------------------------------------------------------------------------

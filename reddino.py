@@ -91,8 +91,8 @@ class Config:
     koleo: float = opt(0.0, "weight of KoLeo (DINOv2: 0.1; RedDino takes it out)")
     ibot: float = opt(1.0, "weight of the patch-token loss (DINOv2)")
     teacher_temp: float = opt(0.07, "the teacher's, at first at most 0.04 (DINO)", low=1e-6)
-    teacher_temp_warmup: float = opt(3.0, "share of the run (RedDino: 30 epochs of 10; DINOv2 short "
-                                          "0.3, long 0.06)")
+    teacher_temp_warmup: float = opt(3.0, "share of the run (RedDino: 30 epochs of 10; DINOv2: "
+                                          "0.3, 0.06)")
     # the optimiser
     iters: int = opt(19500, "optimiser steps (RedDino S: 10 x 1,950)", low=1)
     batch_size: int = opt(560, "images a step, over all processes (RedDino S: 2 GPUs x 280)", low=1)
@@ -116,9 +116,9 @@ class Config:
     log_every: int = opt(10, "steps between lines of the log", low=1)
 
 PRESETS = {
-    # From scratch, on little data, in minutes. At 0.04 the teacher's targets are all but uniform for
-    # hundreds of steps, as class tokens are nearly parallel at first; blur and JPEG erase, in so
-    # small a view, what tells cells apart; a fast teacher and few masks suit a short run.
+    # From scratch, on little data, in minutes (a search on drawn smears: tests/RESULTS.md). A soft
+    # teacher's targets are all but uniform for long, as class tokens are nearly parallel at first;
+    # blur and JPEG erase what tells cells apart in so small a view.
     "nano": dict(prototypes=64, tile_size=[80], global_size=40, local_size=16, local_crops=0,
                  global_scale=0.7, augment="cells", koleo=0.1, ibot=0.1, momentum=0.95,
                  teacher_temp=0.03, iters=500, batch_size=48, lr=8e-3, warmup=0.1,
@@ -232,9 +232,11 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, N, D / heads]
-        if x.device.type == "cpu" and q.shape[2] < 64:  # few tokens (nano's): PyTorch's fused kernel
-            weights = (q @ k.transpose(2, 3) / math.sqrt(q.shape[3])).softmax(3)  # takes twice as
-            x = weights.to(v.dtype) @ v  # long there (bfloat16, with its backward pass)
+        if x.device.type == "cpu" and q.shape[2] < 64:
+            # nano's few tokens: with its backward pass the fused kernel takes twice as long there
+            # (185 for 99 images a second, bfloat16, one core)
+            weights = (q @ k.transpose(2, 3) / math.sqrt(q.shape[3])).softmax(3)
+            x = weights.to(v.dtype) @ v
         else:
             x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).flatten(2))
@@ -350,7 +352,7 @@ class VisionTransformer(nn.Module):
         return x
 
     def forward_features(self, x: Tensor, masks: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Class token [B, D] and patch tokens [B, N, D] after the final norm; masks: bool [B, N]."""
+        """Class token [B, D], patch tokens [B, N, D], after the final norm; masks: bool [B, N]."""
         x = self.tokens(x, masks)
         for block in self.blocks:
             if self.checkpoint_activations:
@@ -361,7 +363,7 @@ class VisionTransformer(nn.Module):
         return x[:, 0], x[:, 1 + self.registers:]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images [B, 3, H, W], normalised with MEAN and STD, to class tokens [B, D]: the features."""
+        """Images [B, 3, H, W], normalised by MEAN and STD, to class tokens [B, D]: the features."""
         return self.forward_features(x)[0]
 
 def init_linear(module: nn.Module):
@@ -377,7 +379,8 @@ def init_linear(module: nn.Module):
             nn.init.zeros_(module.bias)
 
 ARCHS = {
-    "nano": dict(embed_dim=128, depth=4, heads=2, patch_size=8, layerscale=1.0, stem="convs"),  # ours
+    # ours, 1M parameters
+    "nano": dict(embed_dim=128, depth=4, heads=2, patch_size=8, layerscale=1.0, stem="convs"),
     "vits14": dict(embed_dim=384, depth=12, heads=6, patch_size=14),  # 22M parameters
     "vitb14": dict(embed_dim=768, depth=12, heads=12, patch_size=14),  # 86M
     "vitl14": dict(embed_dim=1024, depth=24, heads=16, patch_size=14),  # 304M
@@ -452,8 +455,8 @@ def read_backbone(path_or_name: str) -> dict[str, Tensor]:
         try:
             state = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
         except Exception as error:  # offline, or cut short in the cache: torch raises many types
-            raise UserError(f"{path_or_name}: no whole {url} ({type(error).__name__}); fetch it and "
-                            f"give its path, or remove it from {torch.hub.get_dir()}") from None
+            raise UserError(f"{path_or_name}: no whole {url} ({type(error).__name__}); fetch it "
+                            f"and give its path, or remove it from {torch.hub.get_dir()}") from None
     else:
         state = load_file(path_or_name)
     wrappers = r"(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
@@ -490,8 +493,8 @@ def vit_from_state(state: dict[str, Tensor], img_size: int | None = None,
     dim, stem = state["cls_token"].shape[-1], "patch_embed.stem.0.weight" in state
     heads = heads or HEADS.get(dim)
     if not heads or dim % heads:
-        raise UserError(f"weights of {dim} dimensions don't say how many attention heads they have: "
-                        "give --heads (heads= in Python), a divisor")
+        raise UserError(f"weights of {dim} dimensions don't say how many attention heads they "
+                        "have: give --heads (heads= in Python), a divisor")
     patch = 8 if stem else state["patch_embed.proj.weight"].shape[-1]
     depth = len({k.split(".")[1] for k in state if k.startswith("blocks.")})
     registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
@@ -515,14 +518,14 @@ def load_weights(vit: VisionTransformer, state: dict[str, Tensor], source="the w
     wrong = [k for k in state if own[k].shape != state[k].shape]
     wrong += [k for k in new if k not in ("mask_token", "register_tokens")]
     if wrong:
-        raise UserError(f"{source}: another architecture ({wrong[0]!r} does not fit); choose another "
-                        "--arch")
+        raise UserError(f"{source}: another architecture ({wrong[0]!r} does not fit); choose "
+                        "another --arch")
     vit.load_state_dict(state, strict=False)
     return f"{source}: {len(state)} tensors loaded" + (f"; new: {', '.join(new)}" if new else "")
 
 # --------------------------------------------------------------------------------------------------
 # Heads. A head says how alike a token is to each of K prototypes: an MLP, the result on the unit
-# sphere, then its product with K vectors of trained length, i.e. gain x cosine. (DINO, section 3.1.)
+# sphere, then its product with K vectors of trained length: gain x cosine. (DINO, section 3.1.)
 
 class Prototypes(nn.Module):
     """K vectors g * v / |v|: weight_g [K, 1] and weight_v [K, D], as in DINOv2's checkpoints."""
@@ -592,7 +595,7 @@ class MovingAverage(nn.Module):
         self.register_buffer("center", torch.zeros(1, prototypes))
 
     def forward(self, logits: Tensor, temp: float) -> tuple[Tensor, Tensor]:
-        """Teacher logits [R, K] to targets [R, K] and their mean [1, K] over all processes' rows."""
+        """Teacher logits [R, K] to targets [R, K]; and the logits' mean over all rows, [1, K]."""
         logits = widen(logits)
         rows = all_reduce(logits.new_tensor(float(len(logits))))
         mean = all_reduce(logits.sum(0, keepdim=True)) / rows.clamp_min(1)
@@ -626,7 +629,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         device, dtype = x.device.type, x.dtype
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        some = max(2 ** (24 if device == "cpu" else 27) // len(prototypes), 1)  # rows: 64 MB, 512 MB
+        some = max(2 ** (24 if device == "cpu" else 27) // len(prototypes), 1)  # 64, 512 MB
         loss, grad_x, grad_p = x.new_zeros(()), torch.zeros_like(x), torch.zeros_like(prototypes)
         p, half_x = prototypes.to(dtype), x.to(dtype)  # once, not for each few rows
         size = (weights.sum() / max(len(x), 1)).clamp_min(1e-30)
@@ -648,14 +651,15 @@ class LinearCrossEntropy(torch.autograd.Function):
         return grad * grad_x, grad * grad_p, None, None, None
 
 def cross_entropy(head: DINOHead, tokens: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sum of the cross-entropies of tokens [R, D], targets [R, K], weights [R]: a number."""
+    """Sum of the cross-entropies of tokens [R, D] and targets [R, K], weighted by [R]."""
     x, prototypes = head.bottleneck(tokens), head.last_layer.vectors()
     return LinearCrossEntropy.apply(x, prototypes, targets, weights.to(x.dtype), STUDENT_TEMP)
 
 def dino_loss(head: DINOHead, cls: Tensor, local_cls: Tensor, targets: Tensor) -> Tensor:
-    """Class-token loss: each student view, global [B, G, D] or local [B, L, D], against each teacher
-    view [B, G, K] but its own, averaged over pairs. Cross-entropy is linear in the targets, so they
-    are added up first. (Without local views DINOv2 would divide by 3, not 2; its loader fails.)"""
+    """Class-token loss: each student view, global [B, G, D] or local [B, L, D], against each
+    teacher view [B, G, K] but its own, averaged over pairs. Cross-entropy is linear in the targets,
+    so they are added up first. (Without local views DINOv2, whose loader fails then, would divide by
+    3, not 2.)"""
     B, G, L = *targets.shape[:2], local_cls.shape[1]
     others = 1 - torch.eye(G, device=targets.device, dtype=targets.dtype)  # [G, G]
     answers = torch.einsum("uv,bvk->buk", others, targets)  # [B, G, K]
@@ -909,7 +913,8 @@ def cores() -> int:
 
 def choose_device(cfg: Config) -> tuple[torch.device, torch.dtype]:
     """Device and dtype of matrix products. Raises UserError for a device that isn't there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    mps = torch.backends.mps.is_available()
+    there = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
     name, local = cfg.device, int(os.environ.get("LOCAL_RANK", 0))
     if name == "auto":
         name = next(device for device in there if there[device])
@@ -918,7 +923,7 @@ def choose_device(cfg: Config) -> tuple[torch.device, torch.dtype]:
     if name == "mps" and cfg.dtype == "float64":
         raise UserError("--dtype float64: not on Apple's GPUs; --device cpu has it")
     if name == "cuda" and local >= torch.cuda.device_count():
-        raise UserError(f"--nproc_per_node={torch.cuda.device_count()} is the most: as many as GPUs")
+        raise UserError(f"--nproc_per_node={torch.cuda.device_count()} is the most: a GPU each")
     device = torch.device(name, local if name == "cuda" else None)
     if cfg.dtype != "auto":
         return device, getattr(torch, cfg.dtype)
@@ -1056,8 +1061,8 @@ def steps_before(start: int, path: Path):
                 yield line + b"\n"
 
 def effective_rank(features: Tensor) -> float:
-    """RankMe (Garrido et al. 2023, eq. 1-2): exp of the entropy of the normalised singular values of
-    [R, D] features. Between 1 (all on one line: collapsed) and D."""
+    """RankMe (Garrido et al. 2023, eq. 1-2): exp of the entropy of the normalised singular values
+    of [R, D] features. Between 1 (all on one line: collapsed) and D."""
     values = torch.linalg.svdvals(features.float().cpu())  # Apple's GPUs have none
     p = values / values.sum().clamp_min(1e-12) + 1e-7
     return float(torch.exp(-(p * p.log()).sum()))
@@ -1085,7 +1090,8 @@ class Watch:
         first, second = x[:, 0].unflatten(0, (16, 64)), x[:, 1].unflatten(0, (16, 64))
         found = (first @ second.transpose(1, 2)).argmax(2)  # [16, 64]
         match = (found == torch.arange(64, device=x.device)).float().mean()
-        return {"rank": effective_rank(cls.flatten(0, 1)), "std": float(x.flatten(0, 1).std(0).norm()),
+        return {"rank": effective_rank(cls.flatten(0, 1)),
+                "std": float(x.flatten(0, 1).std(0).norm()),
                 "in_use": len(torch.cat(self.nearest).unique()), "match": float(match)}
 
 def collapse(signs: dict[str, float], entropy: float, prototypes: int) -> str:
@@ -1094,8 +1100,8 @@ def collapse(signs: dict[str, float], entropy: float, prototypes: int) -> str:
     if not signs or (signs["rank"] >= 2 and signs["std"] >= 0.01 and entropy <= 0.999 * most):
         return ""
     return (f"WARNING: the teacher has collapsed (effective rank {signs['rank']:.1f}, spread "
-            f"{signs['std']:.3f}, entropy {entropy:.3f} of ln K = {most:.3f}): features hardly depend "
-            "on the image; see the README, 'Signs of collapse'")
+            f"{signs['std']:.3f}, entropy {entropy:.3f} of ln K = {most:.3f}): features hardly "
+            "depend on the image; see the README, 'Signs of collapse'")
 
 # --------------------------------------------------------------------------------------------------
 # The loop.
@@ -1153,8 +1159,8 @@ def train_in(out: Path, cfg: Config, monitor, device, dtype, rank: int, world: i
     if saved:
         step, earlier = saved["step"], saved["seconds"]
         if (saved["files"], saved["processes"]) != (files, world):
-            note += ("; images (by name or size) or processes are others than before: no longer bit "
-                     "for bit the uninterrupted run")
+            note += ("; images (by name or size) or processes are others than before: no longer "
+                     "bit for bit the uninterrupted run")
         for name, part in parts.items():
             if saved[name]:  # a scaler that is off leaves nothing to load
                 part.load_state_dict(saved[name])
@@ -1184,8 +1190,8 @@ def train_in(out: Path, cfg: Config, monitor, device, dtype, rank: int, world: i
     logger, watch, began = Logger(out, step, rank == 0), Watch(), time.monotonic()
     size = sum(p.numel() for p in vit.parameters()) / 1e6
     logger.say(f"{cfg.arch}, {size:.1f}M parameters, on {len(tiles)} {cfg.unit} of "
-               f"{len(tiles.files)} images; {world} x {device.type}, {str(dtype)[6:]}", *tiles.notes,
-               note)
+               f"{len(tiles.files)} images; {world} x {device.type}, {str(dtype)[6:]}",
+               *tiles.notes, note)
     logger.skip(tiles.skipped, tiles)
     faults, bad_in_a_row, waited, since, since_step, stop = {}, 0, 0.0, began, step, False
     workers = cfg.workers
@@ -1318,8 +1324,11 @@ def demo(cfg: Config):
         write_aside(out / "untrained.pth", DINO(cfg).teacher["backbone"].state_dict())
         weights = {"pixels": "pixels", "colour": "colour", "before training": out / "untrained.pth",
                    "after training": backbone}
-        evaluate(unseen, weights, protocols=["knn", "linear"], out=out / "scores",
-                 device=cfg.device)
+        evaluate(unseen, weights, ["knn", "linear"], out=out / "scores", device=cfg.device)
+        from figures import demo_figures  # matplotlib takes a second
+
+        pictures = demo_figures(out, unseen, out / "untrained.pth", backbone, device=cfg.device)
+        print(f"pictures: {' '.join(map(str, pictures))}")
 
 def run(argv: list[str]):
     cfg, monitor = parse_args(argv), None

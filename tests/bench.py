@@ -301,7 +301,7 @@ class Child:
                 + "serve(measure)",
             ]
         )
-        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed with the process)
+        self.said = tempfile.TemporaryFile("w+")
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said)
         self.process = subprocess.Popen(command, text=True, **pipes)
 

@@ -48,7 +48,7 @@ def start(data: Path, out: Path, iters: int) -> subprocess.Popen:
     ]
     for name, value in options.items():
         command += [f"--{name.replace('_', '-')}", str(value)]
-    log = open(out.with_suffix(".log"), "a")  # noqa: SIM115  (the process keeps it)
+    log = open(out.with_suffix(".log"), "a")
     return subprocess.Popen(
         command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )

@@ -1131,14 +1131,14 @@ def test_ghosts_are_weaker_lines_of_k_space():
 
 
 def test_rician_noise_has_its_moments():
-    for signal, sigma in ((0, 10), (50, 10)):
-        out = draw(effect(augment.rician, sigma=sigma), np.full((400, 400), signal, np.float32))
+    for strength, sigma in ((0, 10), (50, 10)):
+        out = draw(effect(augment.rician, sigma=sigma), np.full((400, 400), strength, np.float32))
         mean = (
-            math.sqrt(math.pi / 2) * sigma if signal == 0 else signal + sigma**2 / (2 * signal)
+            math.sqrt(math.pi / 2) * sigma if strength == 0 else strength + sigma**2 / (2 * strength)
         )  # Rayleigh; far away
         assert (
             abs(out.mean() - mean) < 0.1
-            and abs((out**2).mean() - signal**2 - 2 * sigma**2) < 5
+            and abs((out**2).mean() - strength**2 - 2 * sigma**2) < 5
             and out.min() >= 0
         )
 
