@@ -6,10 +6,11 @@ import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
-from sklearn.metrics import f1_score
+from sklearn.metrics import f1_score, roc_auc_score
 from sklearn.neighbors import KNeighborsClassifier
 
 import smears
@@ -37,8 +38,7 @@ def run(*args):
     )
 
 
-# ------------------------------------------------------------------------------------------- the
-# random streams
+# --------------------------------------------------------------------------- the random streams
 
 
 def test_same_seed_gives_the_same_files_whatever_the_count(drawn, tmp_path):
@@ -56,10 +56,8 @@ def test_a_finished_drawing_is_not_drawn_again(drawn, monkeypatch):
     out, _ = drawn
     before = (out / "cells.csv").read_bytes()
     monkeypatch.setattr(smears, "smear", None)  # drawing would fail
-    assert (
-        smears.draw(out, images=IMAGES, seed=0) == out / "cells.csv"
-        and (out / "cells.csv").read_bytes() == before
-    )
+    assert smears.draw(out, images=IMAGES, seed=0) == out / "cells.csv"
+    assert (out / "cells.csv").read_bytes() == before
     assert {path.name for path in out.iterdir()} == {"smears", "cells.csv", "drawn.txt"}
     (out / "cells.csv").rename(out / "aside")  # broken off before the table
     with pytest.raises(TypeError):
@@ -88,8 +86,7 @@ def test_images_of_a_patient_share_source_and_stain(drawn):
     assert len(set.union(*sources.values())) == len(smears.SOURCES) >= 4
 
 
-# -------------------------------------------------------------------------------------------------
-# the labels
+# ----------------------------------------------------------------------------------- the labels
 
 
 def test_csv_has_the_agreed_columns_and_all_centres_lie_inside(drawn):
@@ -115,8 +112,7 @@ def test_every_class_is_there_in_the_same_proportions_everywhere(drawn):
 
 
 def test_labels_lie_on_their_cells(drawn):
-    """Light through a cell's centre is weaker than through the empty background near by, whatever
-    the class."""
+    """A cell's centre is darker than the empty background near by, whatever the class."""
     out, rows = drawn
     images, darker = {}, defaultdict(list)
     for row in rows:
@@ -134,15 +130,11 @@ def test_labels_lie_on_their_cells(drawn):
     rng = np.random.default_rng(0)
     image = images[rows[0]["image"]]
     at = rng.uniform((60, 60), (420, 580), (500, 2)).astype(int)
-    assert (
-        np.mean(
-            [
-                image[y, x] < 0.93 * np.percentile(image[y - 60 : y + 61, x - 60 : x + 61], 90)
-                for y, x in at
-            ]
-        )
-        < 0.7
-    )
+    hits = [
+        image[y, x] < 0.93 * np.percentile(image[y - 60 : y + 61, x - 60 : x + 61], 90)
+        for y, x in at
+    ]
+    assert np.mean(hits) < 0.7
 
 
 @pytest.mark.parametrize("name", smears.CLASSES)
@@ -163,12 +155,12 @@ def test_shapes_hold_their_centre_and_stay_within_their_reach(name):
         assert (azure[cell].max() > 0.4) == (name == "ring")
 
 
-# --------------------------------------------------------------------------- what must not give the
-# class away
+# ----------------------------------------------------------- what must not give the class away
 
 
 def held_out_f1(features, rows):
-    """20 nearest neighbours, fitted on some patients, scored on others: weighted F1, and that of always "normal"."""
+    """Weighted F1 on some patients of 20 nearest neighbours among the others' cells, and of always
+    "normal"."""
     labels, groups = (np.array([row[key] for row in rows]) for key in ("label", "group"))
     test = np.isin(groups, sorted(set(groups))[::3])
     knn = KNeighborsClassifier(20, metric="cosine").fit(features[~test], labels[~test])
@@ -198,8 +190,7 @@ def test_neither_colour_nor_small_pixels_tell_the_class(drawn):
     assert held_out_f1(np.array(pixels), rows)[0] < 0.55  # measured: 0.41
 
 
-# --------------------------------------------------------------------------------------------------
-# ----- CT slices
+# ------------------------------------------------------------------------------------ CT slices
 
 
 @pytest.fixture(scope="module")
@@ -224,12 +215,8 @@ def test_slices_are_reproducible_values(slices, tmp_path):
     }
     for k in (0, 100, 200):
         hu = np.load(out / f"slices/{k:04d}.npy")
-        assert (
-            hu.dtype == np.int16
-            and hu.shape == (512, 512)
-            and hu.min() >= -1024
-            and 350 < hu.max() <= 3071
-        )
+        assert hu.dtype == np.int16 and hu.shape == (512, 512)
+        assert hu.min() >= -1024 and 350 < hu.max() <= 3071
         assert abs(np.median(hu[:40]) + 1000) < 15  # air around the patient
         lung = np.median(hu[200:300, 110:170])
         assert -900 < lung < -800
@@ -239,28 +226,23 @@ def test_slices_are_reproducible_values(slices, tmp_path):
 
 def test_every_aorta_is_labelled_and_nothing_but_itself_tells_its_class(slices):
     _, rows = slices
-    assert list(rows[0]) == ["image", "x", "y", "label", "group", "source"]
+    assert list(rows[0]) == ["image", "x", "y", "label", "group", "source", "study_label"]
     assert Counter(Counter(row["image"] for row in rows).values()) == {2: 240}
     assert max(Counter(row["group"] for row in rows).values()) == 2 * smears.PER_STUDY
     assert all(40 <= float(row[axis]) <= 512 - 40 for row in rows for axis in "xy")
     counts = Counter(row["label"] for row in rows)
-    assert (
-        set(counts) == set(smears.AORTAS) and counts["normal"] > 240 and min(counts.values()) >= 20
-    )
+    assert set(counts) == set(smears.AORTAS)
+    assert counts["normal"] > 240 and min(counts.values()) >= 20
     groups = {label: {row["group"] for row in rows if row["label"] == label} for label in counts}
-    assert (
-        all(len(groups[label]) == 6 for label in counts if label != "normal")
-        and len(groups["normal"]) > 20
-    )
+    assert all(len(groups[label]) == 6 for label in counts if label != "normal")
+    assert len(groups["normal"]) > 20
     assert {(row["source"], row["label"]) for row in rows} == {
         (s, c) for s in smears.SCANNERS for c in smears.AORTAS
     }
     for group in {row["group"] for row in rows}:  # one patient, one scanner, at most one disease
         of = [row for row in rows if row["group"] == group]
-        assert (
-            len({row["source"] for row in of}) == 1
-            and len({row["label"] for row in of} - {"normal"}) <= 1
-        )
+        assert len({row["source"] for row in of}) == 1
+        assert len({row["label"] for row in of} - {"normal"}) <= 1
 
 
 def cross_section(kind, seed, blood=300):
@@ -298,11 +280,8 @@ def test_mean_brightness_does_not_tell_aortas_apart(slices):
     crops = []
     for row in rows:
         x, y = round(float(row["x"])), round(float(row["y"]))
-        crops.append(
-            np.load(out / row["image"], mmap_mode="r")[y - 40 : y + 40, x - 40 : x + 40].astype(
-                float
-            )
-        )
+        hu = np.load(out / row["image"], mmap_mode="r")
+        crops.append(hu[y - 40 : y + 40, x - 40 : x + 40].astype(float))
     labels, groups = (np.array([row[key] for row in rows]) for key in ("label", "group"))
     test = np.isin(groups, sorted(set(groups))[::3])
     means = np.array(crops).mean((1, 2))[:, None]
@@ -313,8 +292,79 @@ def test_mean_brightness_does_not_tell_aortas_apart(slices):
     assert f1_score(labels[test], guess, average="weighted") < always + 0.1
 
 
-# --------------------------------------------------------------------------------------------- the
-# command line
+def of_studies(rows):
+    """{patient: (disease or "normal", study_label, bool [slices]: which show it)}"""
+    studies = {}
+    for group in sorted({row["group"] for row in rows}):
+        of = [row for row in rows if row["group"] == group]
+        (length,) = {row["study_label"] for row in of}  # one a patient
+        names = sorted({row["image"] for row in of})
+        ill = {row["image"]: row["label"] for row in of if row["label"] != "normal"}
+        disease = next(iter(ill.values()), "normal")
+        studies[group] = disease, length, np.array([name in ill for name in names])
+    return studies
+
+
+def longest(shown):
+    """The most slices on end: the longest word of a text."""
+    return max(map(len, "".join("x" if s else " " for s in shown).split()), default=0)
+
+
+def test_study_label_is_what_the_order_of_slices_tells_and_nothing_else(slices):
+    """Long: five slices on end. Short: five as well, in two pieces; or a healthy patient."""
+    studies = of_studies(slices[1])
+    assert longest(np.array([1, 1, 0, 1, 1, 1])) == 3 and longest(np.zeros(8)) == 0
+    for disease, length, shown in studies.values():
+        assert len(shown) == smears.PER_STUDY and shown.sum() == 5 * (disease != "normal")
+        assert (length == "long") == (longest(shown) == 5)
+        assert length in ("long", "short")
+        pieces = "".join("x" if s else " " for s in shown).split()
+        assert len(pieces) == (0 if disease == "normal" else 1 if length == "long" else 2)
+    # nor can scanner, disease or the number of diseased aortas: each has as many of both
+    kinds = [(disease, length) for disease, length, _ in studies.values()]
+    counts = Counter(kind for kind in kinds if kind[0] != "normal")
+    assert set(counts.values()) == {3} and len(counts) == 8
+    sources = {row["group"]: row["source"] for row in slices[1]}
+    both = Counter((sources[group], *studies[group][:2]) for group in studies)
+    assert all(n == 1 for (_, disease, _), n in both.items() if disease != "normal")
+    assert len(both) == 3 * 8 + 3
+
+
+def test_the_length_of_an_aneurysm_measured_in_the_pixels(slices):
+    """study_label against diameters: the blood around each centre, by connected components."""
+    out, rows = slices
+    studies, wide = of_studies(rows), defaultdict(list)
+    for row in rows:
+        if studies[row["group"]][0] != "aneurysm":
+            continue
+        x, y = round(float(row["x"])), round(float(row["y"]))
+        hu = np.load(out / row["image"])[y - 50 : y + 50, x - 50 : x + 50]
+        middle = np.median(hu[45:55, 45:55])
+        blood = cv2.GaussianBlur(hu.astype(np.float32), (0, 0), 1) > (middle + 45) / 2
+        _, parts = cv2.connectedComponents(blood.astype(np.uint8), connectivity=4)
+        area = (parts == parts[50, 50]).sum() * smears.MM**2
+        wide[row["group"], row["image"]].append(np.sqrt(area / np.pi) > 18)
+    found = defaultdict(list)
+    for (group, _), of_slice in sorted(wide.items()):
+        found[group].append(any(of_slice))  # of its two aortas
+    assert len(found) == 6
+    for group, shown in found.items():
+        assert ("long" if longest(shown) == 5 else "short") == studies[group][1], (group, shown)
+    assert {studies[group][1] for group in found} == {"long", "short"}
+
+
+def test_mean_and_maximum_of_slices_do_not_tell_the_length_places_do(slices):
+    """With slices' labels as perfect features, of the diseased: pooled they are all alike; weighted
+    by place, a sum tells all."""
+    ill = [of for of in of_studies(slices[1]).values() if of[0] != "normal"]
+    shown, long = np.array([of[2] for of in ill], float), np.array([of[1] == "long" for of in ill])
+    for pooled in (shown.mean(1), shown.max(1)):
+        assert roc_auc_score(long, pooled) == 0.5
+    place = np.abs(np.arange(8) - 3.5)
+    assert roc_auc_score(long, -shown @ place) == 1
+
+
+# ----------------------------------------------------------------------------- the command line
 
 
 def test_command_line_draws_and_draws_again_but_never_over_other_files(tmp_path):
@@ -339,13 +389,9 @@ def test_command_line_draws_and_draws_again_but_never_over_other_files(tmp_path)
         (tmp_path / "new", "--seed", -1),
     ):
         answer = run(*args)
-        assert (
-            answer.returncode == 2
-            and answer.stderr.startswith("smears.py: error: ")
-            and not answer.stdout
-        )
+        assert answer.returncode == 2 and not answer.stdout
+        assert answer.stderr.startswith("smears.py: error: ")
         assert answer.stderr.count("\n") == 1
-    assert (out / "cells.csv").read_text() == before and [p.name for p in other.iterdir()] == [
-        "holiday.jpg"
-    ]
+    assert (out / "cells.csv").read_text() == before
+    assert [path.name for path in other.iterdir()] == ["holiday.jpg"]
     assert not (tmp_path / "new").exists()
