@@ -5,6 +5,7 @@
     python tests/bench.py --only train decode --rounds 3        some rows
     python tests/bench.py --quick                  a minute: does it run? Its numbers mean nothing
     python tests/bench.py --device cuda --arch vits14 vitb14    on a GPU: bfloat16, compiled
+    python tests/bench.py --plan                   which batch fits which GPU, counted, not measured
 
 Linux. Run it with nothing else on the machine: ours and the peer take turns, so a slow moment hits
 both, but memory bandwidth is shared with whoever is there. The peers live in environments of their
@@ -34,9 +35,15 @@ import sys
 import tempfile
 import time
 import timeit
+import unittest.mock
+import weakref
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -66,7 +73,8 @@ for block in wrapped.get_model().blocks:  # as ours: without stochastic depth
 settings = dinov2.DINOv2Args(output_dim=prototypes, center_method="sinkhorn_knopp",
                              koleo_loss_weight=0.0)
 settings.weight_decay_start = 0.04
-method = dinov2.DINOv2(settings, dinov2.DINOv2AdamWViTArgs(), EmbeddingModel(wrapped_model=wrapped), batch, 3)
+model = EmbeddingModel(wrapped_model=wrapped)
+method = dinov2.DINOv2(settings, dinov2.DINOv2AdamWViTArgs(), model, batch, 3)
 class Numbers:
     global_step, max_epochs, estimated_stepping_batches = 0, 1, 1000
 type(method).trainer = property(lambda self: Numbers)
@@ -74,8 +82,10 @@ method.to(device).train()
 method.teacher_embedding_model.eval(), method.teacher_head.eval()
 optimizer = method.configure_optimizers()[0][0]
 trained = [p for group in optimizer.param_groups for p in group["params"]]
-views = [torch.randn(batch, 3, size, size, device=device) for size in [224] * 2 + [98] * local_crops]
-pairs = [(method.student_embedding_model, method.teacher_embedding_model), (method.student_head, method.teacher_head)]
+sizes = [224] * 2 + [98] * local_crops
+views = [torch.randn(batch, 3, size, size, device=device) for size in sizes]
+pairs = [(method.student_embedding_model, method.teacher_embedding_model),
+         (method.student_head, method.teacher_head)]
 
 def measure():
     began = time.perf_counter()
@@ -91,7 +101,9 @@ def measure():
     if device == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - began
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else resource.getrusage(0).ru_maxrss * 1024
+    peak = resource.getrusage(0).ru_maxrss * 1024
+    if device == "cuda":
+        peak = torch.cuda.max_memory_allocated()
     return dict(seconds=seconds, peak=peak)
 """
 
@@ -102,10 +114,12 @@ import albumentations as A, cv2
 
 cv2.setNumThreads(0)
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-names = '''RandomFog Blur GaussianBlur MedianBlur MotionBlur Defocus GlassBlur Sharpen Emboss RingingOvershoot
-ColorJitter HueSaturationValue RGBShift RandomBrightnessContrast RandomGamma RandomToneCurve FancyPCA
+names = '''RandomFog Blur GaussianBlur MedianBlur MotionBlur Defocus GlassBlur Sharpen Emboss
+RingingOvershoot ColorJitter HueSaturationValue RGBShift RandomBrightnessContrast RandomGamma
+RandomToneCurve FancyPCA
 CLAHE Equalize ChannelShuffle ChannelDropout InvertImg Solarize Posterize GaussNoise ISONoise
-MultiplicativeNoise Downscale ImageCompression RandomShadow RandomSunFlare RandomRain RandomSnow'''.split()
+MultiplicativeNoise Downscale ImageCompression RandomShadow RandomSunFlare RandomRain
+RandomSnow'''.split()
 def pipeline(size, *scale):
     some = A.SomeOf([getattr(A, name)(p=0.85) for name in names], n=4)
     turns = [A.HorizontalFlip(p=0.85), A.VerticalFlip(p=0.85), A.RandomRotate90(p=0.85)]
@@ -144,7 +158,6 @@ def step_flops(cfg, model) -> float:
 
 def matmul_rate(device, dtype) -> float:
     """Operations a second in a large matrix product here: what MFU is a share of."""
-    import torch
 
     n = 8192 if device.type == "cuda" else 1024
     a = torch.randn(n, n, device=device).to(dtype)
@@ -153,7 +166,6 @@ def matmul_rate(device, dtype) -> float:
 
 def a_batch(cfg, number, device, dtype):
     """Random views and real masks, as micro-batches on the device."""
-    import torch
 
     import augment
     import reddino
@@ -174,7 +186,6 @@ def a_batch(cfg, number, device, dtype):
 
 def train_step(arch, prototypes, local_crops, batch, device, half=True, recompute=False):
     """Ours: what reddino.train does between a batch and the log line."""
-    import torch
     from torch import nn
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
@@ -228,6 +239,93 @@ def train_step(arch, prototypes, local_crops, batch, device, half=True, recomput
         return dict(seconds=seconds, peak=peak, flops=step_flops(cfg, model), matmul=rate)
 
     return measure
+
+
+class Live(TorchDispatchMode):
+    """Bytes of all tensors that exist at a time, and the most there were. On fake tensors, which
+    have shapes and no numbers, it takes seconds and no memory, whatever the model."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.now, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self.count, made)
+        return made
+
+    def count(self, tensor):
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self.sizes:
+            self.sizes[key] = storage.nbytes()
+            self.now += self.sizes[key]
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.forget, key)
+
+    def forget(self, key):
+        self.now -= self.sizes.pop(key)
+
+
+def counted_peak(arch, half=True, **options) -> float:
+    """GiB of tensors at the height of a step of reddino.py, counted."""
+    import reddino
+
+    cfg = reddino.configure(arch=arch, device="cpu", **options)
+    B, N = cfg.batch_size // cfg.accumulate, (cfg.global_size // 14) ** 2
+    masked = int(0.15 * 2 * B * N)  # as many as the masks hide on average
+    shapes = [(B, 2, 3, cfg.global_size, cfg.global_size),
+              (B, cfg.local_crops, 3, cfg.local_size, cfg.local_size)]
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=half)
+    with (unittest.mock.patch("torch.nn.init.trunc_normal_"),  # it looks at numbers
+          FakeTensorMode(), Live() as live):
+        model = reddino.DINO(cfg)
+        optimizer, now = reddino.make_optimizer(model.student), reddino.schedules(cfg, 1)
+        for parameter in model.student.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()  # makes AdamW's averages
+        optimizer.zero_grad()
+        batch = [(*map(torch.randn, shapes), torch.zeros(B, 2, N, dtype=torch.bool),
+                  torch.zeros(masked, dtype=torch.long), torch.ones(masked))
+                 for _ in range(cfg.accumulate)]
+        with autocast:
+            targets, signs = model.teacher_targets(batch, now["teacher_temp"])
+        for micro_batch, answers in zip(batch, targets):
+            with autocast:
+                losses = model(*micro_batch, *answers)
+            sum(losses.values()).backward()
+        optimizer.step()
+        model.update_teacher(now["momentum"], signs["means"])
+    return live.peak / 2**30
+
+
+def plan():
+    """The first question of everyone with a GPU."""
+    def room(card):  # what the driver, the process and gaps between tensors take
+        return 0.9 * card - 1
+
+    print("A step's peak in GiB: tensors, counted; the process, its libraries and gaps are another "
+          "GiB and a tenth.\n")
+    print("| | batch a GPU | counted | with --checkpoint-activations |\n|---|---|---|---|")
+    for arch, batch in (("vits14", 280), ("vitb14", 196), ("vitl14", 64)):
+        both = [counted_peak(arch, batch_size=batch, checkpoint_activations=recompute)
+                for recompute in (False, True)]
+        print(f"| {arch}, RedDino's | {batch} | {both[0]:.1f} | {both[1]:.1f} |", flush=True)
+    print("\nBatch 64 on one card, the fastest that fits:\n\n| | 16 GB | 24 GB | 80 GB |")
+    print("|---|---|---|---|")
+    for arch in ("vits14", "vitb14", "vitl14"):
+        found, ways = {}, itertools.product((False, True), (1, 2, 4, 8))
+        for recompute, accumulate in sorted(ways, key=lambda way: (way[0] * way[1] > 0, way)):
+            need = counted_peak(arch, batch_size=64, accumulate=accumulate,
+                                checkpoint_activations=recompute)
+            flags = f"--accumulate {accumulate}" + " --checkpoint-activations" * recompute
+            for card in (16, 24, 80):
+                if card not in found and need <= room(card):
+                    found[card] = f"{flags} ({need:.1f})"
+            if 16 in found:
+                break
+        cells = " | ".join(found.get(card, "does not fit") for card in (16, 24, 80))
+        print(f"| {arch} | {cells} |", flush=True)
 
 
 def augmented(folder, images, local_crops):
@@ -541,7 +639,6 @@ def processes(args, folder):
 def probe(args, folder):
     """Classifiers on frozen features of 18,744 cells (Chula RBC-12's number) against scikit-
     learn's."""
-    import torch
     from sklearn.linear_model import LogisticRegression
     from sklearn.neighbors import KNeighborsClassifier
 
@@ -636,23 +733,21 @@ def main():
     )
     parser.add_argument("--rounds", type=int, default=5, help="how often each is measured")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--plan", action="store_true", help="a step's memory, counted; no timing")
     parser.add_argument("--out", default=str(ROOT / "out" / "bench.json"))
     args = parser.parse_args()
-    import torch
-
+    if args.plan:
+        return plan()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.exit(2, "bench.py: error: --device cuda: PyTorch finds none here\n")
     args.rounds, args.only = (
         1 if args.quick else args.rounds,
         ["train"] if args.device == "cuda" else args.only,
     )
-    name = (
-        torch.cuda.get_device_name()
-        if args.device == "cuda"
-        else (
-            f"{len(os.sched_getaffinity(0))} cores of {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
-        )
-    )
+    name = f"{len(os.sched_getaffinity(0))} cores of {platform.machine()}, "
+    name += torch.backends.cpu.get_cpu_capability()
+    if args.device == "cuda":
+        name = torch.cuda.get_device_name()
     results = dict(
         date=time.strftime("%Y-%m-%d"),
         machine=name,
@@ -673,15 +768,12 @@ def main():
                     if values:
                         low, mid, high = min(values), statistics.median(values), max(values)
                         row |= dict(min=low, median=mid, max=high)
-                        verdict = (
-                            f"  {goal}: {'reached' if reached(goal, mid) else 'MISSED'}"
-                            if goal
-                            else ""
-                        )
-                        print(
-                            f"{name:12s} {what:58s} {mid:8.4g} [{low:.4g}, {high:.4g}] {unit}{verdict}",
-                            flush=True,
-                        )
+                        verdict = ""
+                        if goal:
+                            word = "reached" if reached(goal, mid) else "MISSED"
+                            verdict = f"  {goal}: {word}"
+                        print(f"{name:12s} {what:58s} {mid:8.4g} [{low:.4g}, {high:.4g}] {unit}"
+                              + verdict, flush=True)
                     else:
                         print(f"{name:12s} {what}", flush=True)
                     results["rows"].append(row)
