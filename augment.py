@@ -1,11 +1,9 @@
 """From an image file to training views: tiles of smears, RedDino's 32 pixel transforms, multi-crop.
 
 An image travels through read_image (or is a BadImage), Tiles (its 224 x 224 windows, or its cells)
-and MultiCrop (2 global and L local views, each through some of TRANSFORMS). Pixels are RGB uint8
-all the way (`ct`: values until RandomWindow); the device normalises them. `python figures.py
-SMEAR.jpg` draws every transform. Papers: RedDino (Zedda et al., MICCAI 2025), DINOv2 (Oquab et al.,
-2023), multi-crop (SwAV, Caron et al., 2020).
-"""
+and MultiCrop (2 global and L local views). Pixels are RGB uint8 all the way (`ct`: values until
+RandomWindow). `python figures.py SMEAR.jpg` draws every transform. Papers: RedDino (Zedda et al.,
+MICCAI 2025), DINOv2 (Oquab et al., 2023), multi-crop (SwAV, Caron et al., 2020)."""
 import hashlib
 import logging
 import math
@@ -59,28 +57,25 @@ len(i), 4096) for x in range(0, len(i[0]), 4096)]" """
 
 def find_images(folder, notes=None):
     """Paths of all images below `folder`, by extension (DICOM without one by its magic), sorted.
-    Hidden ones (Trash, checkpoints of notebooks) are left out, links to folders are followed, each
+    Hidden ones (Trash, checkpoints of notebooks) are left out, links to folders followed, each
     folder once. UserError if it can't be listed; what is left out is told to `notes`."""
-    files, seen, notes = [], set(), [] if notes is None else notes
-
-    def unlistable(error):
+    files, seen, errors, notes = [], set(), [], [] if notes is None else notes
+    for here, folders, names in os.walk(folder, onerror=errors.append, followlinks=True):
+        if os.path.realpath(here) in seen:  # a link that leads back
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(here))
+        folders[:] = [name for name in folders if name[0] != "."]
+        files += [os.path.join(here, name) for name in names if name[0] != "."]
+    for error in errors:
         if error.filename == folder:
             raise UserError(f"{folder!r} is not a folder that can be listed: {error.strerror}")
         notes.append(f"left out: {error.filename!r} can't be listed ({error.strerror})")
-
-    for here, folders, names in os.walk(folder, onerror=unlistable, followlinks=True):
-        real = os.path.realpath(here)
-        if real in seen:  # a link that leads back
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = [name for name in folders if name[0] != "."]
-        files += [os.path.join(here, name) for name in names if name[0] != "."]
     files.sort()
     with ThreadPoolExecutor(16) as pool:  # mostly waiting for the disk or the network
         images = list(pool.map(images_in, files))
-    left = Counter(os.path.splitext(file)[1].lower() for file, own in zip(files, images) if not own)
-    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(left.items()) if kind)
+    others = Counter(os.path.splitext(f)[1].lower() for f, own in zip(files, images) if not own)
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items()) if kind)
     if kinds:
         notes.append(f"left out, as this reads no such files: {kinds} in {folder!r}")
     return [image for own in images for image in own]
@@ -91,9 +86,10 @@ def images_in(file):
     if kind and kind != ".dcm" and not kind[1:].isdecimal():  # IM0001, 1.2.840.113619.2
         return [file] if kind in EXTENSIONS else []
     try:
-        if not is_dicom(file) or os.path.basename(file) == "DICOMDIR":
+        header = dicom_header(file)
+        if header is None or os.path.basename(file) == "DICOMDIR":
             return [file] if kind == ".dcm" else []
-        frames = int(dicom_header(file).get("NumberOfFrames") or 1)
+        frames = int(header.get("NumberOfFrames") or 1)
     except Exception:  # read_image will say what is wrong
         return [file]
     return [f"{file}#{n}" for n in range(frames)] if 1 < frames < os.stat(file).st_size else [file]
@@ -103,13 +99,13 @@ def file_and_frame(path):
     file, _, frame = str(path).rpartition("#")
     return (file, int(frame)) if frame.isdecimal() and not os.path.exists(path) else (path, None)
 
-def is_dicom(file):
-    if not os.path.isfile(file):  # opening a named pipe would wait for ever
-        return False
-    with open(file, "rb") as stream:
-        return stream.read(132)[128:] == b"DICM"
-
 def dicom_header(file):
+    """All but the pixels of a DICOM file; None for other files."""
+    if not os.path.isfile(file):  # opening a named pipe would wait for ever
+        return None
+    with open(file, "rb") as stream:
+        if stream.read(132)[128:] != b"DICM":
+            return None
     try:
         import pydicom
     except ImportError:
@@ -117,41 +113,38 @@ def dicom_header(file):
     return pydicom.dcmread(file, stop_before_pixels=True)
 
 def dicom_group(path):
-    """Whom a DICOM image shows, without a name: 12 hex digits of the SHA-256 of its PatientID; None
-    for other files."""
-    file = file_and_frame(path)[0]
+    """Whom a DICOM image shows, without a name: 12 hex digits of the SHA-256 of its PatientID."""
     try:
-        patient = dicom_header(file).get("PatientID") if is_dicom(file) else None
-    except Exception:  # read_image will say what is wrong
+        patient = dicom_header(file_and_frame(path)[0]).PatientID
+        return hashlib.sha256(patient.encode()).hexdigest()[:12] if patient else None
+    except Exception:  # no DICOM file, or one that read_image complains of
         return None
-    return hashlib.sha256(patient.encode()).hexdigest()[:12] if patient else None
 
 def read_image(path, header_only=False, writable=True, window=None, raw=False):
     """An image's pixels, RGB uint8 [H, W, 3], upright by its EXIF. Raises BadImage, nothing else.
 
     header_only: (H, W) instead, without decoding. writable=False spares a copy. More than 8 bits
     are made 8 by window (level, width) in their own units, else by their depth; or grey stays as it
-    is (raw): float32 [H, W], in HU where there is no window.
-    """
+    is (raw): float32 [H, W], in HU where there is no window."""
     try:
         file, frame = file_and_frame(path)
         if os.path.exists(file) and not os.path.isfile(file):
             raise ValueError("not a regular file")
         with open(file, "rb") as stream:
             if str(file).lower().endswith(".npy"):
-                size, unsigned, decode = open_array(file)
-            elif is_dicom(file):
-                size, unsigned, decode = open_dicom(file, frame)
+                opened = open_array(file)
+            elif header := dicom_header(file):
+                opened = open_dicom(file, frame, header)
             else:
-                size, unsigned, decode = open_picture(stream)
+                opened = open_picture(stream)
+            size, unsigned = next(opened)
             if size[0] * size[1] > MAX_PIXELS:
-                raise ValueError(TOO_LARGE)
+                raise Image.DecompressionBombError
             if unsigned and raw and not window:
-                raise ValueError("no sign: is water 0, 1024, 32768? --window LEVEL WIDTH in their "
-                                 "units, e.g. 1064 400")
+                raise ValueError("no sign, water at 0 or 1024? --window LEVEL WIDTH as e.g. 1064 400")
             if header_only:
                 return size
-            pixels = to_rgb(*decode(), window, raw)
+            pixels = to_rgb(*next(opened), window, raw)
         return np.array(pixels, order="C") if writable else np.ascontiguousarray(pixels)
     except Image.DecompressionBombError:  # a header of 60,000 x 60,000 costs a few bytes
         reason = TOO_LARGE
@@ -161,24 +154,23 @@ def read_image(path, header_only=False, writable=True, window=None, raw=False):
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     raise BadImage(path, reason)
 
-# Each of the three opens a file and returns its (height, width), whether it holds values of more
-# than 8 bits without a sign, and a function that decodes it: array, and whether its 0 is white.
+# Each of these opens a file and yields its (height, width) and whether it holds values of more than
+# 8 bits without a sign; then, decoded, the array and whether its 0 is white.
 
 def open_array(file):
-    """What np.save wrote; mapped, so that a header is all that is read at first."""
     try:
         values = np.load(file, mmap_mode="r", allow_pickle=False)
         grey = values.ndim == 2 and values.dtype.kind in "iuf"
         if not values.size or not (grey or (values.shape[2:], values.dtype) == ((3,), np.uint8)):
             raise ValueError(f"it holds {values.dtype} {list(values.shape)}")
     except (ValueError, EOFError, AttributeError) as error:
-        raise ValueError("np.save one slice a file, numbers [H, W] or uint8 [H, W, 3]: "
-                         f"{error}") from None
-    return values.shape[:2], values.dtype.kind == "u" and values.itemsize > 1, lambda: (values, 0)
+        what = "np.save one slice a file, numbers [H, W] or uint8 [H, W, 3]"
+        raise ValueError(f"{what}: {error}") from None
+    yield values.shape[:2], values.dtype.kind == "u" and values.itemsize > 1
+    yield values, False
 
-def open_dicom(file, frame):
+def open_dicom(file, frame, header):
     """By pydicom: values in the units of the modality, for CT HU; or colours."""
-    header = dicom_header(file)
     if "Rows" not in header:
         raise ValueError(f"a DICOM file without pixels: {header.get('Modality')}")
     if frame is None and int(header.get("NumberOfFrames") or 1) > 1:
@@ -187,21 +179,17 @@ def open_dicom(file, frame):
     for group in (*header.get("SharedFunctionalGroupsSequence", []), *own):  # enhanced CT, MR
         units = group.get("PixelValueTransformationSequence", [units])[0]
     unsigned = header.PixelRepresentation == 0 and header.BitsAllocated > 8
+    yield (header.Rows, header.Columns), unsigned and "RescaleSlope" not in units
+    from pydicom.pixels import apply_color_lut, apply_modality_lut, pixel_array
 
-    def decode():
-        from pydicom.pixels import apply_color_lut, apply_modality_lut, pixel_array
-
-        try:
-            pixels = pixel_array(file, index=frame or 0)
-        except RuntimeError as error:  # pydicom names what could decode it
-            text = str(error).replace("all plugins are missing dependencies", "pip install one of")
-            raise ValueError(text) from None
-        if header.PhotometricInterpretation == "PALETTE COLOR":
-            return apply_color_lut(pixels, header), False
-        white_is_0 = header.PhotometricInterpretation == "MONOCHROME1"
-        return apply_modality_lut(pixels, units), white_is_0
-
-    return (header.Rows, header.Columns), unsigned and "RescaleSlope" not in units, decode
+    try:
+        pixels = pixel_array(file, index=frame or 0)
+    except RuntimeError as error:  # pydicom names the plug-ins that could decode it
+        reason = str(error).replace("all plugins are missing", "pip install one of the")
+        raise ValueError(reason) from None
+    if header.PhotometricInterpretation == "PALETTE COLOR":
+        pixels, units = apply_color_lut(pixels, header), {}
+    yield apply_modality_lut(pixels, units), header.PhotometricInterpretation == "MONOCHROME1"
 
 def open_picture(stream):
     """By PIL, or OpenCV where PIL would reduce colours to 8 bits."""
@@ -210,34 +198,30 @@ def open_picture(stream):
     bits = head[24] if im.format == "PNG" else np.max(tags.get(258, 8))
     white_is_0, planes = bits > 8 and tags.get(262) == 0, tags.get(284) == 2
     # PIL turns a TIFF by itself; EXIF behind a PNG's pixels is not looked for: that decodes them
-    asks = not tags and (im.format != "PNG" or "exif" in im.info)
-    turned = asks and im.getexif().get(0x0112) in (5, 6, 7, 8)
-
-    def decode():
-        if im.info.get("progressive"):
-            stream.seek(0)
-            if stream.read().count(b"\xff\xda") > MAX_SCANS:
-                raise ValueError("a JPEG of too many scans: save it anew")
-        if tags and im.mode[0] in "LIF" and im.n_frames == 3:  # OME-TIFF, ImageJ
-            pages = [np.array(page) for page in ImageSequence.Iterator(im)]
-            if {page.shape for page in pages} == {pages[0].shape[:2]}:
-                return np.dstack(pages), white_is_0
-            im.seek(0)
-        im.load()  # an error where it is cut short
-        if bits > 8 and len(im.getbands()) > 1:
-            pixels = cv2.imdecode(np.fromfile(stream.name, np.uint8), cv2.IMREAD_UNCHANGED)
-            if planes or pixels is None or pixels.ndim != 3:
-                raise ValueError("colours of more than 8 bits, plane by plane: import tifffile; "
-                                 "tifffile.imwrite(NEW, tifffile.imread(FILE).transpose(1, 2, 0))")
-            return pixels[..., [2, 1, 0, 3][:pixels.shape[2]]], white_is_0  # OpenCV's are BGR
-        kind = "RGBA" if "A" in im.mode.upper() or "transparency" in im.info else "RGB"
-        upright = ImageOps.exif_transpose(im) if asks else im
-        if im.mode[0] not in "IF" and im.mode != kind:  # CMYK too
-            upright = upright.convert(kind)
-        return np.asarray(upright), white_is_0
-
-    size = (im.width, im.height) if turned else (im.height, im.width)
-    return size, im.mode.startswith("I;16"), decode
+    exif = not tags and (im.format != "PNG" or "exif" in im.info)
+    turned = exif and im.getexif().get(0x0112) in (5, 6, 7, 8)
+    yield (im.width, im.height) if turned else (im.height, im.width), im.mode.startswith("I;16")
+    if im.info.get("progressive"):
+        stream.seek(0)
+        if stream.read().count(b"\xff\xda") > MAX_SCANS:
+            raise ValueError("a JPEG of too many scans: save it anew")
+    if tags and im.mode[0] in "LIF" and im.n_frames == 3:  # OME-TIFF, ImageJ: a page a colour
+        pages = [np.array(page) for page in ImageSequence.Iterator(im)]
+        if {page.shape for page in pages} == {pages[0].shape[:2]}:
+            yield np.dstack(pages), white_is_0
+        im.seek(0)
+    im.load()  # an error where it is cut short
+    if bits > 8 and len(im.getbands()) > 1:
+        pixels = cv2.imdecode(np.fromfile(stream.name, np.uint8), cv2.IMREAD_UNCHANGED)
+        if planes or pixels is None or pixels.ndim != 3:
+            raise ValueError("colours of more than 8 bits, plane by plane: import tifffile; "
+                             "tifffile.imwrite(NEW, tifffile.imread(FILE).transpose(1, 2, 0))")
+        yield pixels[..., [2, 1, 0, 3][:pixels.shape[2]]], white_is_0  # OpenCV's are BGR
+    kind = "RGBA" if "A" in im.mode.upper() or "transparency" in im.info else "RGB"
+    upright = ImageOps.exif_transpose(im) if exif else im
+    if im.mode[0] not in "IF" and im.mode != kind:  # CMYK too
+        upright = upright.convert(kind)
+    yield np.asarray(upright), white_is_0
 
 def to_rgb(pixels, white_is_0, window, raw):
     """What a file holds, [H, W] or with alpha [H, W, 3 or 4] -> RGB uint8 [H, W, 3]; raw: grey of
@@ -303,16 +287,14 @@ def find_cells(image, size=80):
 
     size: side of the square that will be cut around a cell, which is taken to be about half as
     wide; squares that leave the image are dropped. (Otsu 1979; touching cells part where the
-    distance transform peaks.) On drawn smears 96% are found, and 97% of what is found are cells.
-    """
+    distance transform peaks.) On drawn smears 96% are found, and 97% of what is found are cells."""
     grey = cv2.GaussianBlur(image[..., 1], (0, 0), size / 50)  # green: haemoglobin swallows it
     _, dark = cv2.threshold(grey, 0, 255, cv2.THRESH_BINARY_INV + cv2.THRESH_OTSU)
     _, gap, stats, _ = cv2.connectedComponentsWithStats(255 - dark, connectivity=4)
     pale = stats[:, cv2.CC_STAT_AREA] < size**2 / 8
     pale[0] = False
     dark[pale[gap]] = 255  # pale middles belong to their cells; larger gaps between cells do not
-    depth = cv2.distanceTransform(dark, cv2.DIST_L2, 5)
-    depth = cv2.GaussianBlur(depth, (0, 0), size / 40)
+    depth = cv2.GaussianBlur(cv2.distanceTransform(dark, cv2.DIST_L2, 5), (0, 0), size / 40)
     near = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size // 3 | 1, size // 3 | 1))
     y, x = np.nonzero((depth == cv2.dilate(depth, near)) & (depth > size / 18))
     _, blob, stats, middle = cv2.connectedComponentsWithStats(dark)
@@ -326,13 +308,12 @@ def find_cells(image, size=80):
 class Tiles:
     """Folders of images as one list of tiles: t[i] -> RGB uint8 [h, w, 3], or BadImage.
 
-    unit "tiles": h and w at most tile_size (0: any), by windows; of several sizes each cuts all of
-    the image: as all views end at one size, these are magnifications. unit "cells": squares of
-    tile_size around the cells of find_cells, for which every image is decoded here; else only
-    headers are read. window, raw: see read_image. files: paths. sources: (folder, first tile, one
-    past the last). skipped: {path: reason}. notes: lines about what was left out. Raises UserError
-    for a folder missing, given twice or without images, and if most files are unreadable.
-    """
+    unit "tiles": windows of tile_size (0: the whole image); of several sizes each cuts all of the
+    image: as all views end at one size, these are magnifications. unit "cells": squares around the
+    cells of find_cells, for which every image is decoded here; else only headers are read. window,
+    raw: see read_image. sources: (folder, first tile, one past the last). skipped: {path: reason}.
+    notes: what was left out. UserError for a folder missing, given twice or without images, and if
+    most files are unreadable."""
 
     def __init__(self, folders, tile_size=224, window=None, raw=False, unit="tiles"):
         self.tile_sizes, self.unit = np.atleast_1d(tile_size).tolist(), unit
@@ -342,9 +323,9 @@ class Tiles:
             raise UserError("--unit cells: needs stained smears and a --tile-size above 0")
         if len({os.path.realpath(folder) for folder in folders}) < len(folders):
             raise UserError(f"--data names a folder twice: {' '.join(map(repr, folders))}")
-        sizes, squares, total = [], [np.empty((0, 3), int)], 0
+        sizes, squares, image = [], [], []
         for folder in folders:
-            begin, found = total, find_images(folder, self.notes)
+            begin, found = len(squares), find_images(folder, self.notes)
             if not found:
                 raise UserError(f"no images in {folder!r} or below it; looked for "
                                 f"{' '.join(EXTENSIONS)}")
@@ -354,31 +335,31 @@ class Tiles:
                 if look.exception():
                     self.skipped[path] = look.exception().reason
                     continue
+                size, of_one = look.result()
+                squares += of_one
+                image += [len(sizes)] * len(of_one)
+                sizes.append(size)
                 self.files.append(path)
-                sizes.append(look.result()[0])
-                squares.append(look.result()[1])
-                total += len(squares[-1])
-            self.sources.append((folder, begin, total))
+            self.sources.append((folder, begin, len(squares)))
         if len(self.skipped) > len(self.files):
             first = BadImage(*next(iter(self.skipped.items())))
             raise UserError(f"{len(self.skipped)} of {len(self.skipped) + len(self.files)} images "
                             f"can't be read; the first is {first}")
-        # arrays, of which forked workers make no copy: of each image, and of each tile
-        self.sizes, self.squares = np.array(sizes), np.concatenate(squares)
-        self.image = np.repeat(np.arange(len(sizes)), [len(of_one) for of_one in squares[1:]])
+        # of an image its height and width; of a tile its image, and side, top and left in it
+        self.sizes, self.image, self.squares = map(np.array, (sizes, image, squares))
         self.kept, self.bytes = {}, 0  # decoded, the oldest first
 
     def look(self, path):
-        """(height, width) of an image, and its tiles, [n, 3]: side, top, left."""
+        """(height, width) of an image, and (side, top, left) of its tiles."""
         if self.unit == "cells":
             image = read_image(path, writable=False, **self.reading)
-            squares = [(side, *np.rint(centre[::-1] - side / 2))
-                       for side in self.tile_sizes for centre in find_cells(image, side)]
-            return image.shape[:2], np.array(squares, int).reshape(-1, 3)
-        size = read_image(path, header_only=True, **self.reading)
-        return size, np.array([(side, top, left) for side in self.tile_sizes
-                               for top in window_starts(size[0], side)
-                               for left in window_starts(size[1], side)])
+            return image.shape[:2], [
+                (side, round(y - side / 2), round(x - side / 2))
+                for side in self.tile_sizes for x, y in find_cells(image, side)]
+        height, width = read_image(path, header_only=True, **self.reading)
+        return (height, width), [
+            (side, top, left) for side in self.tile_sizes
+            for top in window_starts(height, side) for left in window_starts(width, side)]
 
     def __len__(self):
         return len(self.squares)
@@ -400,44 +381,33 @@ class Tiles:
                 self.bytes -= self.kept.pop(next(iter(self.kept))).nbytes
         self.kept[number] = image
         side, top, left = self.squares[i]
-        side = side or MAX_PIXELS
-        return image[top:top + side, left:left + side].copy()
+        return image[top:top + (side or MAX_PIXELS), left:left + (side or MAX_PIXELS)].copy()
 
     def shuffled(self, first, last, rng, mix=0, batch=1):
-        """Tiles first..last-1 in random order, those of some images at a time: of as many as can be
-        kept, so that each is decoded once an epoch and not once a tile (at 2560 x 1920 decoding was
-        82% of loading, and is 4%). mix: of so many images, at most, come `batch` tiles in a row."""
+        """Tiles first..last-1 in random order, those of some images at a time: of as many as fill
+        half of KEEP, so that each is decoded once an epoch and not once a tile (at 2560 x 1920 82%
+        of loading, now 4%). mix: of at most so many; of 1 come `batch` tiles in a row, repeated
+        where it has fewer."""
         present, image = np.unique(self.image[first:last], return_inverse=True)
         if mix == 1:
-            return first + of_one_image(image, rng, batch)
-        at_once = min(mix or len(present), self.at_once(present))
+            own = [np.flatnonzero(image == number) for number in rng.permutation(len(present))]
+            whole = [max(len(tiles) // batch, 1) * batch for tiles in own]
+            return first + np.concatenate(
+                [np.resize(rng.permutation(tiles), n) for tiles, n in zip(own, whole)])
+        size = np.sort(self.sizes[present].prod(1)) * (4 if self.reading["raw"] else 3)
+        fitting = len(present) if size.sum() <= KEEP else (size.cumsum() <= KEEP / 2).sum()
+        at_once = min(mix or len(present), max(fitting, 1))
         if at_once == len(present):
             return first + rng.permutation(last - first)
         place = rng.permutation(len(present))[image] + rng.random(last - first) * at_once
         return first + np.argsort(place % len(present))  # %: the last images' begin the epoch
 
-    def at_once(self, images):
-        """How many of these can be kept, decoded, at the same time: half of KEEP, if not all."""
-        size = np.sort(self.sizes[images].prod(1)) * (4 if self.reading["raw"] else 3)
-        if size.sum() <= KEEP:
-            return len(images)
-        return max(int((size.cumsum() <= KEEP / 2).sum()), 1)
-
-def of_one_image(image, rng, batch):
-    """An order of tiles, whose images are `image` [n], in which each `batch` in a row are of one
-    image: so many of each, repeated where it has fewer, image after image."""
-    order = []
-    for number in rng.permutation(image.max() + 1):
-        own = rng.permutation(np.flatnonzero(image == number))
-        order.append(np.resize(own, max(len(own) // batch, 1) * batch))
-    return np.concatenate(order)
-
 # --------------------------------------------------------------------------------------------------
 # RedDino: 32 pixel transforms where DINOv2 has four. Its release switches on 33 of Albumentations'
-# by name, at the defaults of the library's 1.4; the paper counts 32. We leave out RandomFog, which
-# in 2.0.8 takes 41 of 88 ms. Every parameter is written out, for the names alone mean something
-# else in 2.0.8 (GaussNoise went from a standard deviation of 3-7 grey levels to 51-112). Six do
-# something else there, or take long; their form in 1.4 follows (times: 224 x 224, 2.0.8 -> ours).
+# by name, at the defaults of 1.4; the paper counts 32. We leave out RandomFog: in 2.0.8 41 of 88
+# ms. Every parameter is written out, for the names alone mean something else in 2.0.8 (GaussNoise:
+# a std of 51-112 grey levels, once 3-7). Six do something else there, or take long (224 x 224,
+# 2.0.8 -> ours); their form in 1.4 follows.
 
 class FancyPCA(A.FancyPCA):  # 7.7 -> 0.5 ms; 1.4 (and AlexNet) shift colours, 2.0.8 stretches them
     def apply(self, img, alpha_vector, **params):
@@ -449,25 +419,24 @@ class GlassBlur(A.GlassBlur):  # 13.8 -> 0.8 ms; a pixel comes from a random wal
     def get_params_dependent_on_data(self, params, data):
         shape = (self.iterations, 2, *params["shape"][:2])
         steps = self.random_generator.integers(-self.max_delta, self.max_delta, shape, np.int8)
-        return {"source": np.indices(shape[2:], np.int16) + steps.sum(0, np.int16)}  # (y, x), h, w
+        y, x = np.indices(shape[2:], np.int16) + steps.sum(0, np.int16)
+        return {"source": cv2.merge([x, y])}
 
     def apply(self, img, source, **params):
         img = cv2.GaussianBlur(img, (0, 0), self.sigma)
-        img = cv2.remap(img, cv2.merge(source[::-1]), None, cv2.INTER_NEAREST,
-                        borderMode=cv2.BORDER_REFLECT_101)
+        img = cv2.remap(img, source, None, cv2.INTER_NEAREST, borderMode=cv2.BORDER_REFLECT_101)
         return cv2.GaussianBlur(img, (0, 0), self.sigma)
 
 class ISONoise(A.ISONoise):  # 3.2 -> 1.5 ms; 2.0.8 lost factors of 255 and 360, and with them hue
     def apply(self, img, color_shift, intensity, random_seed, **params):
-        hls = cv2.cvtColor(img / np.float32(255), cv2.COLOR_RGB2HLS)
-        hue, lightness, saturation = cv2.split(hls)
+        hls = cv2.split(cv2.cvtColor(img / np.float32(255), cv2.COLOR_RGB2HLS))
+        hue, lightness, _ = hls
         rng = np.random.default_rng(random_seed)
         colour, grain = rng.standard_normal((2, *img.shape[:2]), np.float32)
         hue += colour * (360 * color_shift * intensity)  # degrees; cv2 wraps them
         photons = 255 * intensity * float(lightness.std())  # 1.4: Poisson's mean; near normal
         lightness += np.maximum(grain * math.sqrt(photons) + photons, 0) * (1 - lightness) / 255
-        hls = cv2.merge((hue, lightness, saturation))
-        return cv2.convertScaleAbs(cv2.cvtColor(hls, cv2.COLOR_HLS2RGB), alpha=255)
+        return cv2.convertScaleAbs(cv2.cvtColor(cv2.merge(hls), cv2.COLOR_HLS2RGB), alpha=255)
 
 class RandomRain(A.RandomRain):  # 1.4 blurs and darkens all of the image, 2.0.8 blurs drops alone
     def get_params_dependent_on_data(self, params, data):
@@ -505,6 +474,8 @@ class RandomSunFlare(A.RandomSunFlare):  # 7.3 -> 0.9 ms; 2.0.8 dims it, in 1.4 
         passed = passed[np.searchsorted(radii, d)].astype(np.float32)
         return (255 - (255 - img) * passed[..., None]).astype(np.uint8)
 
+NEAREST = {"downscale": cv2.INTER_NEAREST, "upscale": cv2.INTER_NEAREST}
+SMOOTH = {"downscale": cv2.INTER_AREA, "upscale": cv2.INTER_LINEAR}
 GROUPS = {
     # stain batch, pH and age, lamp and exposure: every laboratory differs, every smear shows them
     "illumination and stain": [
@@ -536,36 +507,32 @@ GROUPS = {
         GlassBlur(sigma=0.7, max_delta=4, iterations=2),  # dirt, dried oil: rare and milder
         A.Sharpen(alpha=(0.2, 0.5), lightness=(0.5, 1.0), method="kernel"),  # cameras' default
         A.Emboss(alpha=(0.2, 0.5), strength=(0.2, 0.7)),  # oblique light or DIC
-        # condenser closed too far
-        A.RingingOvershoot(blur_limit=(7, 15), cutoff=(math.pi / 4, math.pi / 2)),
+        A.RingingOvershoot(blur_limit=(7, 15), cutoff=(np.pi / 4, np.pi / 2)),  # closed condenser
     ],
     "sensor and file": [
         # short exposure, high gain. 1.4: 3.2-7.1 grey levels; 2.0.8 loses 0.4 by truncation
         A.GaussNoise(std_range=(3.6 / 255, 7.5 / 255), mean_range=(0, 0), per_channel=True),
         ISONoise(color_shift=(0.01, 0.05), intensity=(0.1, 0.5)),
-        # lamp flicker
-        A.MultiplicativeNoise(multiplier=(0.9, 1.1), per_channel=False, elementwise=False),
+        A.MultiplicativeNoise(multiplier=(0.9, 1.1), per_channel=False, elementwise=False),  # lamp
         # digital zoom or a lower objective, which does not alias so
-        A.Downscale(scale_range=(0.25, 0.25), interpolation_pair={"downscale": cv2.INTER_NEAREST,
-                                                                  "upscale": cv2.INTER_NEAREST}),
+        A.Downscale(scale_range=(0.25, 0.25), interpolation_pair=NEAREST),
         A.ImageCompression(compression_type="jpeg", quality_range=(99, 100)),  # files are worse
     ],
-    # made for photographs of streets; what a smear has of the kind is named behind each
+    # made for photographs of streets; a smear has dirt out of focus, reflections, at best scratches
     "optics and debris": [
-        # dirt out of focus
         RandomShadow(shadow_roi=(0, 0.5, 1, 1), num_shadows_limit=(1, 2), shadow_dimension=5),
         RandomSunFlare(flare_roi=(0, 0, 1, 0.5), src_radius=400, src_color=(255, 255, 255),
-                       angle_range=(0, 1), num_flare_circles_range=(6, 10)),  # a lamp's reflection
+                       angle_range=(0, 1), num_flare_circles_range=(6, 10)),
         RandomRain(slant_range=(-10, 10), drop_length=20, drop_width=1, blur_value=7,
-                   drop_color=(200, 200, 200), brightness_coefficient=0.7),  # at best scratches
-        # nothing: turns pale
+                   drop_color=(200, 200, 200), brightness_coefficient=0.7),
         A.RandomSnow(snow_point_range=(0.1, 0.3), brightness_coeff=2.5, method="bleach"),
     ],
 }
 TRANSFORMS = [transform for group in GROUPS.values() for transform in group]
-P = 0.85  # of each transform drawn, and of each flip (release)
-for transform in TRANSFORMS:
-    transform.p = P
+# RedDino: a smear has no up or left; the release flips and turns with 0.85, not 0.5
+FLIPS = [A.HorizontalFlip(), A.VerticalFlip(), A.RandomRotate90()]
+for transform in TRANSFORMS + FLIPS:
+    transform.p = 0.85  # release
 
 # DINOv2's own, in this order, for the first and second global view and the local ones. Blur with
 # 1.0, 0.1, 0.5 is what DINOv2 describes; its code hands 1 - p on: its models saw 0, 0.9, 0.5.
@@ -578,14 +545,11 @@ DINOV2 = [[
 ] for blur, solarize in ((1.0, 0), (0.1, 0.2), (0.5, 0))]
 
 # Other organs: short lists, all of it in this order, each entry with the artefact that it mimics.
-# Grey stays grey, and nothing is mirrored where organs have a side: a mirrored chest is situs
-# inversus, a rare abnormality that has to stay one. Ranges are our choice, by the looks (figures.py
-# SLICE --augment ct). `ct` computes in HU up to its window, by what is ours here, Rotate and Blur:
-# the library's other filters clip floats to 0..1 without a word.
+# Nothing is mirrored where organs have a side: a mirrored chest is situs inversus, rare, and has to
+# stay so. Ranges are our choice, by the looks (figures.py SLICE --augment ct). `ct` computes in HU
+# up to its window, with ours, Rotate and Blur: the library's other filters clip floats to 0..1.
 
-class RandomWindow(A.ImageOnlyTransform):
-    """Values or 8 bits -> 8 bits; 8 bits have been through some window already."""
-
+class RandomWindow(A.ImageOnlyTransform):  # values or 8 bits, windowed already -> 8 bits
     def __init__(self, windows):
         super().__init__(p=1)
         self.windows = windows
@@ -599,8 +563,7 @@ class RandomWindow(A.ImageOnlyTransform):
         return apply_window(img.astype(np.float32), level, width)
 
 class Effect(A.ImageOnlyTransform):
-    """One of the functions below: float32 [H, W, C], rng, and numbers, each drawn evenly from its
-    range in `ranges`."""
+    """function(float32 [H, W, C], rng, numbers, each drawn evenly from its range)."""
 
     def __init__(self, function, p, **ranges):
         super().__init__(p=p)
@@ -625,9 +588,8 @@ def bias_field(x, rng, strength):  # a coil hears best what is near: brightness 
     log = cv2.resize(rng.normal(0, strength, (3, 3)), x.shape[1::-1], interpolation=cv2.INTER_CUBIC)
     return x * np.exp(log)[..., None]
 
+# breath, pulse: in k-space all but each n-th line are weaker, which amounts to n faint copies
 def ghosting(x, rng, copies, share):
-    """Breath, pulse: in k-space all but each n-th line are weaker by `share`, which amounts to n
-    faint copies along the phase-encoding axis."""
     n, axis = int(copies), rng.integers(2)
     copies = sum(np.roll(x, k * x.shape[axis] // n, axis) for k in range(n))
     return (1 - share) * x + share / n * copies
@@ -650,16 +612,14 @@ def grid_lines(x, rng, period, depth):  # of the grid that holds back scattered 
 HED = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
 
 def stain(x, rng, spread):
-    """More or less of each dye (Tellez et al. 2018); -log is density (Beer-Lambert). A.HEStain
-    drops what its two dyes don't explain: 24 grey levels on a drawn smear."""
+    """More or less of each dye (Tellez et al. 2018); -log is density (Beer-Lambert)."""
     to_dyes_and_back = np.linalg.inv(HED) @ (rng.uniform(1 - spread, 1 + spread, (3, 1)) * HED)
     more = spread / 10 * rng.uniform(-1, 1, 3) @ HED
     return 256 * np.exp(np.log((x + 1) / 256) @ to_dyes_and_back - more) - 1
 
-# no further: gravity says which way is up
-TURN = A.Rotate((-8, 8), border_mode=cv2.BORDER_REPLICATE, p=0.5)
+TURN = A.Rotate((-8, 8), border_mode=cv2.BORDER_REPLICATE, p=0.5)  # gravity says what is up
 LAMP = A.ColorJitter(brightness=0.1, contrast=0.1, saturation=0.1, hue=0.02, p=0.5)
-RECIPES = {"reddino": [[]], "none": [[]], "dinov2": DINOV2, "ct": [[
+RECIPES = {"reddino": [[]], "none": [FLIPS], "dinov2": DINOV2, "ct": [[
     TURN,
     Effect(low_dose, 0.5, dose=(1 / 16, 1)),
     Effect(kernel, 0.5, sharpness=(-1, 1), sigma=(0.6, 1.2)),  # each maker has its own
@@ -675,8 +635,7 @@ RECIPES = {"reddino": [[]], "none": [[]], "dinov2": DINOV2, "ct": [[
     A.RandomGamma(gamma_limit=(70, 140), p=0.5),  # echo and repetition times weigh tissues
     A.MotionBlur(blur_limit=(3, 7), p=0.1),
     Effect(ghosting, 0.2, copies=(2, 7), share=(0.1, 0.4)),
-    # Gibbs: k-space cut short
-    A.RingingOvershoot(blur_limit=(7, 15), cutoff=(math.pi / 2, 3 * math.pi / 4), p=0.1),
+    A.RingingOvershoot(blur_limit=(7, 15), cutoff=(np.pi / 2, 3 * np.pi / 4), p=0.1),  # Gibbs
     Effect(rician, 0.5, sigma=(2, 12)),
 ]], "xray": [[
     TURN,
@@ -692,9 +651,7 @@ RECIPES = {"reddino": [[]], "none": [[]], "dinov2": DINOV2, "ct": [[
     A.D4(p=1),  # tissue has no up or left: all eight orientations alike
     Effect(stain, 0.8, spread=(0, 0.3)),
     LAMP,
-    # a lower objective; for others give --tile-size several sizes
-    A.Downscale(scale_range=(0.4, 0.8), p=0.2,
-                interpolation_pair={"downscale": cv2.INTER_AREA, "upscale": cv2.INTER_LINEAR}),
+    A.Downscale(scale_range=(0.4, 0.8), interpolation_pair=SMOOTH, p=0.2),  # a lower objective
     A.GaussianBlur(blur_limit=0, sigma_limit=(0.3, 1.5), p=0.3),  # thick or folded sections
     A.ImageCompression(compression_type="jpeg", quality_range=(50, 95), p=0.3),  # as slides are
 ]]}
@@ -717,8 +674,7 @@ class MultiCrop:
 
     augment: one of RECIPES. "ct" takes values [h, w] as well, and draws its windows around `window`
     (level, width). Global views show global_scale to all of the area, local ones 0.05 (DINOv2) to
-    global_scale. All randomness comes from rng, a numpy Generator: see sample_rng.
-    """
+    global_scale. All randomness comes from rng, a numpy Generator: see sample_rng."""
 
     def __init__(self, augment="reddino", global_size=224, local_size=98, local_crops=1,
                  global_scale=0.32, window=None):
@@ -737,36 +693,22 @@ class MultiCrop:
 
     def __call__(self, tile, rng):
         # Albumentations draws from two generators. Given both here, its own never count: left
-        # alone, in 2.0.8, two workers draw the same, and again in each epoch. Seeding a pipeline of
-        # 32 anew would take 1.05 ms, this 0.01.
-        python_rng = random.Random(int(rng.integers(2**62)))
-        views = []
+        # alone, in 2.0.8, two workers draw the same, and again in each epoch.
+        python_rng, views = random.Random(int(rng.integers(2**62))), []
         for number, crop in enumerate(self.crops):  # cropped first: colour work costs by the pixel
-            if self.augment == "reddino":
-                # RedDino: four different ones, each with its p. (1.4's SomeOf drew with
-                # replacement, ignored p.)
-                some = python_rng.sample(TRANSFORMS, TRANSFORMS_PER_VIEW)
-            else:  # first and second global view, local ones
-                some = self.recipe[min(number, GLOBAL_VIEWS)]
+            # first and second global view, local ones
+            some = self.recipe[min(number, 1 if number < GLOBAL_VIEWS else 2)]
+            if self.augment == "reddino":  # RedDino: four different ones, each with its p
+                some = python_rng.sample(TRANSFORMS, TRANSFORMS_PER_VIEW) + FLIPS
             view = tile
             for transform in (crop, *some):
                 transform.set_random_state(rng, python_rng)
                 view = transform(image=view)["image"]
-            if self.augment in ("reddino", "none"):
-                view = flipped(view, rng)
             if view.ndim == 2:  # grey slices travel as one channel
                 view = np.dstack([view] * 3)
             views.append(np.ascontiguousarray(view.transpose(2, 0, 1)))  # [3, size, size]
         local = np.array(views[GLOBAL_VIEWS:], np.uint8).reshape(self.local_shape)
         return np.stack(views[:GLOBAL_VIEWS]), local
-
-def flipped(view, rng):
-    """RedDino: a smear has no up or left; the release flips and turns with 0.85, not 0.5."""
-    if rng.random() < P:
-        view = view[:, ::-1]
-    if rng.random() < P:
-        view = view[::-1]
-    return np.rot90(view, rng.integers(4)) if rng.random() < P else view
 
 # --------------------------------------------------------------------------------------------------
 # Batches. Sample n of a run is number n % length of a shuffle of epoch n // length: each tile once
@@ -775,8 +717,7 @@ def flipped(view, rng):
 
 def mask_ratios(seed: int, step: int, views: int) -> np.ndarray:
     """Share of patches to mask in each of a step's global views, [views]: 0 for a random half, the
-    others spread evenly over 0.1 to 0.5 (iBOT, DINOv2), so that each batch holds easy and hard
-    ones."""
+    others spread evenly over 0.1 to 0.5, so that each batch holds easy and hard ones."""
     rng = np.random.default_rng((seed, step, 2))  # 2: a stream of its own
     ratios, masked = np.zeros(views), views // 2
     spread = (np.arange(masked) + rng.random(masked)) / max(masked, 1)
@@ -787,7 +728,7 @@ def block_mask(rng: np.random.Generator, height: int, width: int, ratio: float) 
     """bool [height, width] with about ratio*height*width patches set, in rectangles (BEiT, Bao et
     al. 2021): single patches could be filled in from their neighbours. A rectangle has 4 patches to
     what is left, aspect ratio log-uniform in 0.3 to 1/0.3, and never adds more than is left; after
-    10 rectangles that don't fit it's enough."""
+    10 that don't fit it's enough."""
     mask, left = np.zeros((height, width), bool), int(ratio * height * width)
     misses = 0
     while left > 0 and misses < 10:
@@ -868,9 +809,8 @@ def collate(samples):
 
 def worker_init(_):
     """A worker leaves signals to its parent, which finishes its step, and computes on one core."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):  # Windows has no SIGHUP
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
     torch.set_num_threads(1)
 
 LOADER_TIMEOUT = 300  # seconds without a batch; one takes a second or so
@@ -878,8 +818,7 @@ LOADER_TIMEOUT = 300  # seconds without a batch; one takes a second or so
 def batches(cfg, tiles, start, patch_size, rank, world, workers, pin):
     """This process's batches (see collate) as tensors, from step `start` on, as reddino.Config
     says; None once a second while there is none yet. A generator, whose end is that of its
-    `workers`. patch_size: of a token, on whose grid the masks lie; pin: for a GPU. UserError when a
-    loading process is gone or stands still."""
+    `workers`. patch_size: of a token, on whose grid the masks lie; pin: for a GPU."""
     crop = MultiCrop(cfg.augment, cfg.global_size, cfg.local_size, cfg.local_crops,
                      cfg.global_scale, cfg.window)
     draws = Draws(tiles, range(start, cfg.iters), cfg.batch_size, cfg.seed, cfg.balance, rank,
@@ -888,7 +827,7 @@ def batches(cfg, tiles, start, patch_size, rank, world, workers, pin):
         Views(tiles, crop, cfg.global_size // patch_size, cfg.seed), batch_sampler=draws,
         collate_fn=collate, num_workers=workers, worker_init_fn=worker_init,
         prefetch_factor=4 if workers else None, generator=torch.Generator())
-    for batch in loader if not workers else from_workers(loader, len(draws.steps)):
+    for batch in from_workers(loader, len(draws.steps)) if workers else loader:
         if batch is not None:
             *views, indices, faults = batch
             views = [torch.from_numpy(array) for array in views]
@@ -896,11 +835,10 @@ def batches(cfg, tiles, start, patch_size, rank, world, workers, pin):
         yield batch
 
 def from_workers(loader, steps):
-    """The loader's batches; None once a second while there is none yet.
-
-    They are fetched in a thread of its own: in the main one DataLoader would raise from a signal's
-    handler, wherever that is, and wait for ever for the rest of a batch whose sender is gone.
-    """
+    """The loader's batches; None once a second while there is none yet; UserError when a loading
+    process is gone or stands still. They are fetched in a thread of its own: in the main one
+    DataLoader raises from a signal's handler, wherever that is, and waits for ever for the rest of
+    a batch whose sender is gone."""
     ready, closed, workers = queue.Queue(1), threading.Event(), set()
     others = set(multiprocessing.active_children())
 
@@ -926,12 +864,10 @@ def from_workers(loader, steps):
                 workers |= set(multiprocessing.active_children()) - others
                 if any(worker.exitcode for worker in workers):
                     raise UserError("a loading process was killed, most likely for want of memory: "
-                                    "fewer --workers (0: none), a larger machine, or docker run "
-                                    "--ipc=host")
+                                    "fewer --workers, a larger machine, or docker run --ipc=host")
                 if waited == LOADER_TIMEOUT:
                     raise UserError(f"the loading processes gave nothing for {waited} s: a file "
-                                    "that takes for ever, or a stopped process; --workers 0 shows "
-                                    "which")
+                                    "takes for ever, or a process stopped; --workers 0 shows which")
             if isinstance(batch, UserError):  # whose text DataLoader puts behind a traceback
                 raise UserError(str(batch).rpartition("UserError: ")[2].strip())
             if isinstance(batch, Exception):
