@@ -141,7 +141,7 @@ def read_image(path, header_only=False, writable=True, window=None, raw=False):
             if size[0] * size[1] > MAX_PIXELS:
                 raise Image.DecompressionBombError
             if unsigned and raw and not window:
-                raise ValueError("no sign, water at 0 or 1024? --window LEVEL WIDTH as e.g. 1064 400")
+                raise ValueError("no sign: is water 0, 1024? --window LEVEL WIDTH as in 1064 400")
             if header_only:
                 return size
             pixels = to_rgb(*next(opened), window, raw)
