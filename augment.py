@@ -877,6 +877,7 @@ def from_workers(loader, steps):
         closed.set()
         for worker in set(multiprocessing.active_children()) - others:
             worker.kill()
+            worker.join(5)  # until then it holds files of ours, a lock among them
         if not ready.empty():
             ready.get()  # or the thread would wait for ever
 
