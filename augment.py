@@ -4,6 +4,7 @@ An image travels through read_image (or is a BadImage), Tiles (its 224 x 224 win
 and MultiCrop (2 global and L local views). Pixels are RGB uint8 all the way (`ct`: values until
 RandomWindow). `python figures.py SMEAR.jpg` draws every transform. Papers: RedDino (Zedda et al.,
 MICCAI 2025), DINOv2 (Oquab et al., 2023), multi-crop (SwAV, Caron et al., 2020)."""
+import functools
 import hashlib
 import logging
 import math
@@ -50,7 +51,6 @@ class BadImage(Exception):
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".npy", ".dcm")
 MAX_PIXELS = 40_000_000  # 6,324 x 6,324; reading one takes up to 0.9 GiB
-MAX_SCANS = 200  # of a progressive JPEG: 2,000 in 356 KB take minutes
 TOO_LARGE = f"""too large: over {MAX_PIXELS:,} pixels; cut it, e.g. python -c "import cv2; i =
 cv2.imread('FILE'); [cv2.imwrite(f'{{y}}_{{x}}.png', i[y:y+4096, x:x+4096]) for y in range(0,
 len(i), 4096) for x in range(0, len(i[0]), 4096)]" """
@@ -74,10 +74,9 @@ def find_images(folder, notes=None):
     files.sort()
     with ThreadPoolExecutor(16) as pool:  # mostly waiting for the disk or the network
         images = list(pool.map(images_in, files))
-    others = Counter(os.path.splitext(f)[1].lower() for f, own in zip(files, images) if not own)
-    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items()) if kind)
-    if kinds:
-        notes.append(f"left out, as this reads no such files: {kinds} in {folder!r}")
+    kinds = Counter(os.path.splitext(f)[1].lower() for f, own in zip(files, images) if not own)
+    if others := [f"{count} {kind}" for kind, count in sorted(kinds.items()) if kind]:
+        notes.append(f"left out, as no images: {', '.join(others)} in {folder!r}")
     return [image for own in images for image in own]
 
 def images_in(file):
@@ -125,7 +124,8 @@ def read_image(path, header_only=False, writable=True, window=None, raw=False):
 
     header_only: (H, W) instead, without decoding. writable=False spares a copy. More than 8 bits
     are made 8 by window (level, width) in their own units, else by their depth; or grey stays as it
-    is (raw): float32 [H, W], in HU where there is no window."""
+    is (raw): float32 [H, W], in HU where there is no window. Who shows white as 0 is inverted,
+    unless raw."""
     try:
         file, frame = file_and_frame(path)
         if os.path.exists(file) and not os.path.isfile(file):
@@ -154,8 +154,8 @@ def read_image(path, header_only=False, writable=True, window=None, raw=False):
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     raise BadImage(path, reason)
 
-# Each of these opens a file and yields its (height, width) and whether it holds values of more than
-# 8 bits without a sign; then, decoded, the array and whether its 0 is white.
+# These yield a file's (height, width) and whether it holds values of more than 8 bits without a
+# sign; then, decoded, the array and whether its 0 is white.
 
 def open_array(file):
     try:
@@ -203,7 +203,7 @@ def open_picture(stream):
     yield (im.width, im.height) if turned else (im.height, im.width), im.mode.startswith("I;16")
     if im.info.get("progressive"):
         stream.seek(0)
-        if stream.read().count(b"\xff\xda") > MAX_SCANS:
+        if stream.read().count(b"\xff\xda") > 200:  # 2,000 take minutes
             raise ValueError("a JPEG of too many scans: save it anew")
     if tags and im.mode[0] in "LIF" and im.n_frames == 3:  # OME-TIFF, ImageJ: a page a colour
         pages = [np.array(page) for page in ImageSequence.Iterator(im)]
@@ -405,9 +405,8 @@ class Tiles:
 # --------------------------------------------------------------------------------------------------
 # RedDino: 32 pixel transforms where DINOv2 has four. Its release switches on 33 of Albumentations'
 # by name, at the defaults of 1.4; the paper counts 32. We leave out RandomFog: in 2.0.8 41 of 88
-# ms. Every parameter is written out, for the names alone mean something else in 2.0.8 (GaussNoise:
-# a std of 51-112 grey levels, once 3-7). Six do something else there, or take long (224 x 224,
-# 2.0.8 -> ours); their form in 1.4 follows.
+# ms. Parameters are written out: 2.0.8's defaults differ (GaussNoise: a std of 51-112 grey levels,
+# once 3-7). Six do something else there, or take long (2.0.8 -> ours); their 1.4 forms follow.
 
 class FancyPCA(A.FancyPCA):  # 7.7 -> 0.5 ms; 1.4 (and AlexNet) shift colours, 2.0.8 stretches them
     def apply(self, img, alpha_vector, **params):
@@ -752,10 +751,9 @@ class Draws:
     def __init__(self, tiles, steps, batch, seed, balance=False, rank=0, world=1, mix=0):
         self.tiles, self.steps, self.batch, self.seed, self.mix = tiles, steps, batch, seed, mix
         self.slots = range(rank, batch, world)  # so that each gets its share of each mask ratio
-        self.pools = [(0, len(tiles))]
-        if balance:
-            self.pools = [(first, last) for _, first, last in tiles.sources if last > first]
-        self.orders = {n: (0, self.order(n, 0)) for n in range(len(self.pools))}
+        sources = tiles.sources if balance else [("", 0, len(tiles))]
+        self.pools = [(first, last) for _, first, last in sources if last > first]
+        self.order = functools.lru_cache(2 * len(self.pools))(self.order)  # of epoch 0 and today's
 
     def order(self, pool, epoch):
         rng = np.random.default_rng((self.seed, epoch, pool, 1))  # 1: a stream of its own
@@ -764,10 +762,8 @@ class Draws:
     def draw(self, sample):
         """Epoch and tile of a sample of the run."""
         turn, pool = divmod(sample, len(self.pools))
-        epoch, place = divmod(turn, len(self.orders[pool][1]))
-        if self.orders[pool][0] != epoch:
-            self.orders[pool] = epoch, self.order(pool, epoch)
-        return epoch, int(self.orders[pool][1][place])
+        epoch, place = divmod(turn, len(self.order(pool, 0)))
+        return epoch, int(self.order(pool, epoch)[place])
 
     def __iter__(self):
         for step in self.steps:
@@ -778,8 +774,7 @@ class Draws:
 
 class Views:
     """views[epoch, tile, mask ratios]: crops as MultiCrop's, bool masks [G, grid * grid], number of
-    the tile, and {path: reason} of the files that could not be read on the way. UserError where no
-    tile of 20 could."""
+    the tile, and {path: reason} of what could not be read. UserError where no tile of 20 could."""
 
     def __init__(self, tiles, crop, grid, seed):
         self.tiles, self.crop, self.grid, self.seed = tiles, crop, grid, seed
@@ -797,13 +792,11 @@ class Views:
             views = self.crop(tile, rng)
             masks = [block_mask(rng, self.grid, self.grid, ratio).ravel() for ratio in ratios]
             return *views, np.stack(masks), index, faults
-        raise UserError(f"20 images in a row can't be read, the last is {last}; is the folder "
-                        "still there?")
+        raise UserError(f"20 images in a row can't be read, is the folder still there? {last}")
 
 def collate(samples):
     """Samples to a batch, images first: [B, G, 3, S, S], [B, L, 3, s, s], [B, G, N], tiles, faults.
-    numpy's, for they are pickled through a pipe: torch's tensors would go through /dev/shm, of
-    which Docker gives 64 MB."""
+    numpy's go through a pipe, torch's through /dev/shm, of which Docker gives 64 MB."""
     *views, indices, faults = zip(*samples)
     return *map(np.stack, views), list(indices), dict(ChainMap(*faults))
 
@@ -836,9 +829,8 @@ def batches(cfg, tiles, start, patch_size, rank, world, workers, pin):
 
 def from_workers(loader, steps):
     """The loader's batches; None once a second while there is none yet; UserError when a loading
-    process is gone or stands still. They are fetched in a thread of its own: in the main one
-    DataLoader raises from a signal's handler, wherever that is, and waits for ever for the rest of
-    a batch whose sender is gone."""
+    process is gone or stands still. A thread fetches them: in the main one DataLoader raises from
+    signal handlers, wherever that is, and waits for ever for the rest of a dead sender's batch."""
     ready, closed, workers = queue.Queue(1), threading.Event(), set()
     others = set(multiprocessing.active_children())
 
@@ -863,11 +855,11 @@ def from_workers(loader, steps):
                     yield None
                 workers |= set(multiprocessing.active_children()) - others
                 if any(worker.exitcode for worker in workers):
-                    raise UserError("a loading process was killed, most likely for want of memory: "
-                                    "fewer --workers, a larger machine, or docker run --ipc=host")
+                    raise UserError("a loading process was killed: for want of memory? Fewer "
+                                    "--workers, a larger machine, or docker run --ipc=host")
                 if waited == LOADER_TIMEOUT:
-                    raise UserError(f"the loading processes gave nothing for {waited} s: a file "
-                                    "takes for ever, or a process stopped; --workers 0 shows which")
+                    raise UserError(f"no batch for {waited} s: a file that takes for ever, or a "
+                                    "stopped process; --workers 0 shows which")
             if isinstance(batch, UserError):  # whose text DataLoader puts behind a traceback
                 raise UserError(str(batch).rpartition("UserError: ")[2].strip())
             if isinstance(batch, Exception):
