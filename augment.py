@@ -1,42 +1,36 @@
 """From an image file to training views: tiles of smears, RedDino's 32 pixel transforms, multi-crop.
 
-An image travels through read_image (or is a BadImage), Tiles (its 224 x 224 windows, or the cells
-found in it) and MultiCrop (2 global and L local views, each through some of TRANSFORMS). Pixels
-are RGB uint8 all the way (for `ct` values until RandomWindow, as a window throws most of them
-away); the device normalises them. `python figures.py SMEAR.jpg` draws every transform by name.
-Papers: RedDino (Zedda et al., MICCAI 2025), DINOv2 (Oquab et al., 2023), multi-crop (SwAV, Caron
-et al., 2020).
-"""
-import collections
-import itertools
+An image travels through read_image (or is a BadImage), Tiles (its 224 x 224 windows, or its cells)
+and MultiCrop (2 global and L local views). Pixels are RGB uint8 all the way (`ct`: values until
+RandomWindow). `python figures.py SMEAR.jpg` draws every transform. Papers: RedDino (Zedda et al.,
+MICCAI 2025), DINOv2 (Oquab et al., 2023), multi-crop (SwAV, Caron et al., 2020)."""
+import functools
+import hashlib
 import logging
 import math
 import multiprocessing
 import os
+import queue
 import random
 import signal
-import stat
+import threading
 import warnings
+from collections import ChainMap, Counter
 from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures import TimeoutError as NothingYet
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # before its import, or it asks the network
+os.environ["OPENCV_LOG_LEVEL"] = "SILENT"  # what is wrong with a file is said by BadImage alone
 import albumentations as A
 import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, ImageSequence
 
 cv2.setNumThreads(0)  # loading processes are the parallelism; OpenCV's threads would fight them
-warnings.filterwarnings("ignore", module=r"PIL\.")  # what is wrong with a file is said by BadImage
+warnings.filterwarnings("ignore", module=r"PIL\.|pydicom")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as DINOv2's weights expect
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".npy")
-OTHER_KINDS = (".heic", ".heif", ".svs", ".ndpi", ".czi", ".mrxs", ".scn", ".lif", ".nd2", ".jp2",
-               ".avif", ".dcm", ".nii", ".gif")
-MAX_PIXELS = 40_000_000  # 6,324 x 6,324; reading one takes up to 0.9 GiB (WebP turned by EXIF)
-MAX_SCANS = 200  # of a progressive JPEG: 2,000 in 356 KB take minutes
 
 class UserError(Exception):
     """What the user can put right: main() prints it as one line and exits with code 2."""
@@ -45,44 +39,224 @@ class BadImage(Exception):
     """A file that gives no pixels: .path, and .reason in one line. Training lists it, goes on."""
 
     def __init__(self, path, reason):
-        self.path, self.reason = path, " ".join(str(reason).split())[:200]
+        self.path, self.reason = path, " ".join(str(reason).split())[:300]
         super().__init__(path, self.reason)  # args are what survives pickling, out of a worker
 
     def __str__(self):
         return f"{self.path!r}: {self.reason}"  # !r: names with newlines print on one line too
 
 # --------------------------------------------------------------------------------------------------
-# Files. Whatever a folder collected over years holds ends as RGB pixels or as one BadImage, never
-# as a surprise.
+# Files. Whatever a folder collected over years ends as RGB pixels or as one BadImage. A path names
+# one image; FILE#0, FILE#1, ... are the frames of a DICOM file.
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".npy", ".dcm")
+MAX_PIXELS = 40_000_000  # 6,324 x 6,324; reading one takes up to 0.9 GiB
+TOO_LARGE = f"""too large: over {MAX_PIXELS:,} pixels; cut it, e.g. python -c "import cv2; i =
+cv2.imread('FILE'); [cv2.imwrite(f'{{y}}_{{x}}.png', i[y:y+4096, x:x+4096]) for y in range(0,
+len(i), 4096) for x in range(0, len(i[0]), 4096)]" """
 
 def find_images(folder, notes=None):
-    """Paths of all images below `folder`, by extension, sorted. Hidden files and folders (Trash,
-    checkpoints of notebooks) are left out, links to folders are followed, each folder once.
-    UserError if the folder itself can't be listed; what else is left out is told to `notes`."""
-    found, others, seen, notes = [], collections.Counter(), set(), [] if notes is None else notes
-
-    def unlistable(error):
+    """Paths of all images below `folder`, by extension (DICOM without one by its magic), sorted.
+    Hidden ones (Trash, checkpoints of notebooks) are left out, links to folders followed, each
+    folder once. UserError if it can't be listed; what is left out is told to `notes`."""
+    files, seen, errors, notes = [], set(), [], [] if notes is None else notes
+    for here, folders, names in os.walk(folder, onerror=errors.append, followlinks=True):
+        if os.path.realpath(here) in seen:  # a link that leads back
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(here))
+        folders[:] = [name for name in folders if name[0] != "."]
+        files += [os.path.join(here, name) for name in names if name[0] != "."]
+    for error in errors:
         if error.filename == folder:
             raise UserError(f"{folder!r} is not a folder that can be listed: {error.strerror}")
         notes.append(f"left out: {error.filename!r} can't be listed ({error.strerror})")
+    files.sort()
+    with ThreadPoolExecutor(16) as pool:  # mostly waiting for the disk or the network
+        images = list(pool.map(images_in, files))
+    kinds = Counter(os.path.splitext(f)[1].lower() for f, own in zip(files, images) if not own)
+    if others := [f"{count} {kind}" for kind, count in sorted(kinds.items()) if kind]:
+        notes.append(f"left out, as no images: {', '.join(others)} in {folder!r}")
+    return [image for own in images for image in own]
 
-    for here, folders, names in os.walk(folder, onerror=unlistable, followlinks=True):
-        real = os.path.realpath(here)
-        if real in seen:  # a link that leads back
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in names:
-            extension = os.path.splitext(name)[1].lower()
-            if extension in EXTENSIONS and not name.startswith("."):
-                found.append(os.path.join(here, name))
-            elif extension in OTHER_KINDS:
-                others[extension] += 1
-    if others:
-        kinds = ", ".join(f"{n} {extension}" for extension, n in sorted(others.items()))
-        notes.append(f"left out, as this reads no such files: {kinds} in {folder!r}; export them")
-    return sorted(found)
+def images_in(file):
+    """Paths of the images in a file: none, itself, or the frames of a DICOM file."""
+    kind = os.path.splitext(file)[1].lower()
+    if kind and kind != ".dcm" and not kind[1:].isdecimal():  # IM0001, 1.2.840.113619.2
+        return [file] if kind in EXTENSIONS else []
+    try:
+        header = dicom_header(file)
+        if header is None or os.path.basename(file) == "DICOMDIR":
+            return [file] if kind == ".dcm" else []
+        frames = int(header.get("NumberOfFrames") or 1)
+    except Exception:  # read_image will say what is wrong
+        return [file]
+    return [f"{file}#{n}" for n in range(frames)] if 1 < frames < os.stat(file).st_size else [file]
+
+def file_and_frame(path):
+    """FILE#3 is FILE, 3; any other path itself, None."""
+    file, _, frame = str(path).rpartition("#")
+    return (file, int(frame)) if frame.isdecimal() and not os.path.exists(path) else (path, None)
+
+def dicom_header(file):
+    """All but the pixels of a DICOM file; None for other files."""
+    if not os.path.isfile(file):  # opening a named pipe would wait for ever
+        return None
+    with open(file, "rb") as stream:
+        if stream.read(132)[128:] != b"DICM":
+            return None
+    try:
+        import pydicom
+    except ImportError:
+        raise ValueError("a DICOM file: pip install pydicom") from None
+    return pydicom.dcmread(file, stop_before_pixels=True)
+
+def dicom_group(path):
+    """Whom a DICOM image shows, without a name: 12 hex digits of the SHA-256 of its PatientID."""
+    try:
+        patient = dicom_header(file_and_frame(path)[0]).PatientID
+        return hashlib.sha256(patient.encode()).hexdigest()[:12] if patient else None
+    except Exception:  # no DICOM file, or one that read_image complains of
+        return None
+
+def read_image(path, header_only=False, writable=True, window=None, raw=False):
+    """An image's pixels, RGB uint8 [H, W, 3], upright by its EXIF. Raises BadImage, nothing else.
+
+    header_only: (H, W) instead, without decoding. writable=False spares a copy. More than 8 bits
+    are made 8 by window (level, width) in their own units, else by their depth; or grey stays as it
+    is (raw): float32 [H, W], in HU where there is no window. Who shows white as 0 is inverted,
+    unless raw."""
+    try:
+        file, frame = file_and_frame(path)
+        if os.path.exists(file) and not os.path.isfile(file):
+            raise ValueError("not a regular file")
+        with open(file, "rb") as stream:
+            if str(file).lower().endswith(".npy"):
+                opened = open_array(file)
+            elif header := dicom_header(file):
+                opened = open_dicom(file, frame, header)
+            else:
+                opened = open_picture(stream)
+            size, unsigned = next(opened)
+            if size[0] * size[1] > MAX_PIXELS:
+                raise Image.DecompressionBombError
+            if unsigned and raw and not window:
+                raise ValueError("no sign: is water 0, 1024? --window LEVEL WIDTH as in 1064 400")
+            if header_only:
+                return size
+            pixels = to_rgb(*next(opened), window, raw)
+        return np.array(pixels, order="C") if writable else np.ascontiguousarray(pixels)
+    except Image.DecompressionBombError:  # a header of 60,000 x 60,000 costs a few bytes
+        reason = TOO_LARGE
+    except Image.UnidentifiedImageError:
+        reason = "not an image, or of a kind that can't be read"
+    except Exception as error:  # decoders raise what they like: SyntaxError, struct.error, ...
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    raise BadImage(path, reason)
+
+# These yield a file's (height, width) and whether it holds values of more than 8 bits without a
+# sign; then, decoded, the array and whether its 0 is white.
+
+def open_array(file):
+    try:
+        values = np.load(file, mmap_mode="r", allow_pickle=False)
+        grey = values.ndim == 2 and values.dtype.kind in "iuf"
+        if not values.size or not (grey or (values.shape[2:], values.dtype) == ((3,), np.uint8)):
+            raise ValueError(f"it holds {values.dtype} {list(values.shape)}")
+    except (ValueError, EOFError, AttributeError) as error:
+        what = "np.save one slice a file, numbers [H, W] or uint8 [H, W, 3]"
+        raise ValueError(f"{what}: {error}") from None
+    yield values.shape[:2], values.dtype.kind == "u" and values.itemsize > 1
+    yield values, False
+
+def open_dicom(file, frame, header):
+    """By pydicom: values in the units of the modality, for CT HU; or colours."""
+    if "Rows" not in header:
+        raise ValueError(f"a DICOM file without pixels: {header.get('Modality')}")
+    if frame is None and int(header.get("NumberOfFrames") or 1) > 1:
+        raise ValueError(f"{header.NumberOfFrames} frames: name one, {file}#0 for the first")
+    units, own = header, header.get("PerFrameFunctionalGroupsSequence", [])[frame or 0:][:1]
+    for group in (*header.get("SharedFunctionalGroupsSequence", []), *own):  # enhanced CT, MR
+        units = group.get("PixelValueTransformationSequence", [units])[0]
+    unsigned = header.PixelRepresentation == 0 and header.BitsAllocated > 8
+    yield (header.Rows, header.Columns), unsigned and "RescaleSlope" not in units
+    from pydicom.pixels import apply_color_lut, apply_modality_lut, pixel_array
+
+    try:
+        pixels = pixel_array(file, index=frame or 0)
+    except RuntimeError as error:  # pydicom names the plug-ins that could decode it
+        reason = str(error).replace("all plugins are missing", "pip install one of the")
+        raise ValueError(reason) from None
+    if header.PhotometricInterpretation == "PALETTE COLOR":
+        pixels, units = apply_color_lut(pixels, header), {}
+    yield apply_modality_lut(pixels, units), header.PhotometricInterpretation == "MONOCHROME1"
+
+def open_picture(stream):
+    """By PIL, or OpenCV where PIL would reduce colours to 8 bits."""
+    head, im = stream.peek(25), Image.open(stream)
+    tags = im.tag_v2 if im.format == "TIFF" else {}
+    bits = head[24] if im.format == "PNG" else np.max(tags.get(258, 8))
+    white_is_0, planes = bits > 8 and tags.get(262) == 0, tags.get(284) == 2
+    # PIL turns a TIFF by itself; EXIF behind a PNG's pixels is not looked for: that decodes them
+    exif = not tags and (im.format != "PNG" or "exif" in im.info)
+    turned = exif and im.getexif().get(0x0112) in (5, 6, 7, 8)
+    yield (im.width, im.height) if turned else (im.height, im.width), im.mode.startswith("I;16")
+    if im.info.get("progressive"):
+        stream.seek(0)
+        if stream.read().count(b"\xff\xda") > 200:  # 2,000 take minutes
+            raise ValueError("a JPEG of too many scans: save it anew")
+    if tags and im.mode[0] in "LIF" and im.n_frames == 3:  # OME-TIFF, ImageJ: a page a colour
+        pages = [np.array(page) for page in ImageSequence.Iterator(im)]
+        if {page.shape for page in pages} == {pages[0].shape[:2]}:
+            yield np.dstack(pages), white_is_0
+        im.seek(0)
+    im.load()  # an error where it is cut short
+    if bits > 8 and len(im.getbands()) > 1:
+        pixels = cv2.imdecode(np.fromfile(stream.name, np.uint8), cv2.IMREAD_UNCHANGED)
+        if planes or pixels is None or pixels.ndim != 3:
+            raise ValueError("colours of more than 8 bits, plane by plane: import tifffile; "
+                             "tifffile.imwrite(NEW, tifffile.imread(FILE).transpose(1, 2, 0))")
+        yield pixels[..., [2, 1, 0, 3][:pixels.shape[2]]], white_is_0  # OpenCV's are BGR
+    kind = "RGBA" if "A" in im.mode.upper() or "transparency" in im.info else "RGB"
+    upright = ImageOps.exif_transpose(im) if exif else im
+    if im.mode[0] not in "IF" and im.mode != kind:  # CMYK too
+        upright = upright.convert(kind)
+    yield np.asarray(upright), white_is_0
+
+def to_rgb(pixels, white_is_0, window, raw):
+    """What a file holds, [H, W] or with alpha [H, W, 3 or 4] -> RGB uint8 [H, W, 3]; raw: grey of
+    more than 8 bits -> float32 [H, W]. NaN and inf count as the lowest."""
+    colours, alpha = pixels, None
+    if pixels.shape[2:] == (4,):
+        colours, alpha = pixels[..., :3], pixels[..., 3]
+    if colours.dtype != np.uint8:
+        with np.errstate(over="ignore"):
+            values = np.array(colours, np.float32, order="C")
+        finite = np.isfinite(values)
+        values = np.where(finite, values, values.min(where=finite, initial=0))
+        if raw and values.ndim == 2:
+            return values
+        colours = apply_window(values, *(window or full_scale(values, pixels.dtype.kind)))
+    if white_is_0:
+        colours = 255 - colours
+    if colours.ndim == 2:
+        colours = np.dstack([colours] * 3)
+    if alpha is not None and alpha.any():  # alpha that is 0 everywhere was never written
+        alpha = np.dstack([alpha if alpha.dtype == np.uint8 else np.uint8(alpha / 257)] * 3)
+        colours = 255 - cv2.multiply(255 - colours, alpha, scale=1 / 255)  # onto white
+    return colours
+
+def full_scale(values, kind):
+    """Level and width for an image without a window. Cameras leave the top bits of 16 unused, so
+    white is the smallest of 8, 10, 12, 14, 16 bits that holds all but the brightest 0.1% (hot
+    pixels): stretching by the file's own range would undo its exposure. Floats about 0..1: 1."""
+    if values.max() < -10 * values.min():  # a little below 0 is noise
+        raise ValueError("values far below 0: say --window LEVEL WIDTH, for a CT in HU e.g. 40 400")
+    brightest = float(np.percentile(values, 99.9))
+    if kind == "f" and brightest <= 1.5:
+        return 0.5, 1.0
+    white = next((2**bits - 1 for bits in (8, 10, 12, 14, 16) if brightest < 2**bits), brightest)
+    return white / 2, white
 
 def apply_window(values, level, width):
     """Values of any unit -> uint8: level - width/2 and less is black, level + width/2 and more is
@@ -95,173 +269,11 @@ def check_window(window):
     if window and not (len(window) == 2 and window[1] > 0 and np.isfinite(window).all()):
         raise UserError("--window takes LEVEL and WIDTH, finite, the width above 0")
 
-def full_scale(values, kind):
-    """What is white in an image without a window. Cameras leave the top bits of 16 unused, so it is
-    the smallest of 8, 10, 12, 14, 16 bits that holds all but the brightest 0.1% (hot pixels are
-    none): stretching by the file's own range would undo its exposure. Floats about 0..1: 1."""
-    brightest = float(np.percentile(values[..., :3] if values.ndim == 3 else values, 99.9))
-    if kind == "f" and brightest <= 1.5:
-        return 1.0
-    return next((2**bits - 1 for bits in (8, 10, 12, 14, 16) if brightest < 2**bits), brightest)
-
-def deep(pixels, window, raw):
-    """Pixels of more than 8 bits, [H, W] or RGB [H, W, 3] -> RGB uint8 [H, W, 3]; raw: grey as
-    float32 [H, W]. NaN and inf count as the lowest."""
-    with np.errstate(over="ignore"):
-        values = np.array(pixels, np.float32, order="C")
-    finite = np.isfinite(values)
-    values = np.where(finite, values, values.min(where=finite, initial=0))
-    if raw and values.ndim == 2:
-        return values
-    if not window:
-        if values.max() < -10 * values.min():  # a little below 0 is noise
-            raise ValueError("values far below 0: say --window LEVEL WIDTH, for a CT in HU e.g. 40 "
-                             "400")
-        full = full_scale(values, pixels.dtype.kind)
-        window = (full / 2, full)
-    values = apply_window(values, *window)
-    return values if values.ndim == 3 else np.dstack([values] * 3)
-
-def without_alpha(pixels):
-    """RGBA (or grey and alpha) [H, W, 4 or 2], uint8, onto white: what a bright field shows where
-    there is nothing. Alpha that is 0 everywhere was never written."""
-    colours, alpha = pixels[..., :-1], pixels[..., -1:].astype(np.float32) / 255
-    if not alpha.any():
-        return colours
-    return np.rint(255 + (colours.astype(np.float32) - 255) * alpha).astype(np.uint8)
-
-def deep_colours(path, im):
-    """The pixels of a file whose colours PIL would reduce to 8 bits, by OpenCV, which doesn't:
-    uint16 or float [H, W, 3 or 4], RGB; None for any other file."""
-    bits = im.tag_v2.get(258, (8,)) if im.format == "TIFF" else (8,)
-    if im.format == "PNG":
-        with open(path, "rb") as file:
-            bits = (file.read(25)[24],)  # the header's bit depth
-    bits = bits if isinstance(bits, tuple) else (bits,)
-    if im.format == "TIFF" and im.tag_v2.get(284) == 2 and max(bits) > 8 and len(bits) > 1:
-        raise ValueError("planar colours of 16 bits: save them chunky, e.g. tiffcp -p contig A B")
-    if max(bits) <= 8 or im.mode in ("I;16", "I;16B", "I", "F", "L", "1", "P"):
-        return None
-    pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
-    if pixels is None or pixels.ndim != 3:
-        raise ValueError(f"colours of {max(bits)} bits in a form that can't be read: save them as "
-                         "chunky (not planar) TIFF or PNG")
-    return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB if pixels.shape[2] == 3 else cv2.COLOR_BGRA2RGBA)
-
-def pages_as_colours(im):
-    """Three grey pages of one size (OME-TIFF, ImageJ) as one picture [H, W, 3]; None for others."""
-    if im.format != "TIFF" or getattr(im, "n_frames", 1) != 3:
-        return None
-    pages = []
-    for page in range(3):
-        im.seek(page)
-        pages.append(np.asarray(im))
-    im.seek(0)
-    if {p.ndim for p in pages} != {2} or len({p.shape for p in pages}) != 1:
-        return None
-    return np.dstack(pages)
-
-def read_array(path):
-    """What np.save wrote: [H, W], or uint8 [H, W, 3]; mapped, so that pixels are read on demand."""
-    values = np.load(path, mmap_mode="r", allow_pickle=False)
-    grey = values.ndim == 2 and values.dtype.kind in "iuf"
-    if not values.size or not (grey or (values.shape[2:] == (3,) and values.dtype == np.uint8)):
-        raise ValueError(f"np.save one slice a file, numbers [H, W] or uint8 [H, W, 3]; it holds "
-                         f"{values.dtype} {list(values.shape)}")
-    return values
-
-def no_sign(window, raw):
-    if raw and not window:
-        raise ValueError("no sign: is water 0, 1024, 32768? --window LEVEL WIDTH in their units, "
-                         "e.g. 1064 400")
-
-def read_picture(path, header_only, window, raw):
-    """read_image for all but .npy."""
-    with Image.open(path) as im:
-        if im.width * im.height > MAX_PIXELS:
-            raise Image.DecompressionBombError
-        # PIL turns a TIFF by itself. In a PNG only EXIF ahead of the pixels counts: looking behind
-        # decodes them.
-        asks = im.format != "TIFF" and (im.format != "PNG" or "exif" in im.info)
-        orientation = im.getexif().get(0x0112, 1) if asks else 1  # 5 to 8 swap width and height
-        if im.mode.startswith("I;16"):
-            no_sign(window, raw)
-        if header_only:
-            return (im.width, im.height) if orientation in (5, 6, 7, 8) else (im.height, im.width)
-        if im.format == "JPEG" and im.info.get("progressive"):
-            with open(path, "rb") as file:
-                if file.read().count(b"\xff\xda") > MAX_SCANS:
-                    raise ValueError("a JPEG of too many scans: save it anew")
-        colours = deep_colours(path, im)
-        if colours is None:
-            colours = pages_as_colours(im)
-        if colours is not None:
-            if colours.dtype != np.uint8:
-                alpha = colours[..., 3:]
-                colours = deep(colours[..., :3], window, False)
-                if alpha.size and alpha.any():
-                    top = 65535 if alpha.dtype == np.uint16 else 1
-                    alpha = np.rint(255.0 / top * alpha).astype(np.uint8)
-                    colours = without_alpha(np.dstack([colours, alpha]))
-            return colours[..., :3]
-        kind, white_is_0 = im.mode, im.format == "TIFF" and im.tag_v2.get(262) == 0
-        im.load()
-        im = im if orientation == 1 else ImageOps.exif_transpose(im)
-        if kind[0] in "IF":
-            pixels = np.asarray(im)
-            if white_is_0 and kind.startswith("I;16"):
-                pixels = np.uint16(2**16 - 1) - pixels
-            return deep(pixels, window, raw)
-        if "A" in im.mode or "a" in im.mode or "transparency" in im.info:
-            return without_alpha(np.asarray(im.convert("RGBA")))
-        return np.asarray(im if im.mode == "RGB" else im.convert("RGB"))  # CMYK too
-
-def read_image(path, header_only=False, writable=True, window=None, raw=False):
-    """A file's pixels, RGB uint8 [H, W, 3], upright by its EXIF. Raises BadImage, nothing else.
-
-    header_only: (H, W) instead, without decoding. writable=False spares a copy: 2.4 for 4.5 ms at
-    640 x 480. More than 8 bits, e.g. what np.save wrote of a slice [H, W], are made 8 by window
-    (level, width) in their own units, else by their depth; or grey stays as it is (raw): float32
-    [H, W]. Then, without a window, its unit is HU.
-    """
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise ValueError("not a regular file")  # opening a named pipe would wait for ever
-        if not str(path).lower().endswith(".npy"):
-            pixels = read_picture(path, header_only, window, raw)
-        else:
-            pixels = read_array(path)
-            if pixels.shape[0] * pixels.shape[1] > MAX_PIXELS:
-                raise Image.DecompressionBombError
-            if pixels.dtype.kind == "u" and pixels.itemsize > 1:
-                no_sign(window, raw)
-            if header_only:
-                pixels = pixels.shape[:2]
-            elif pixels.dtype == np.uint8 and pixels.ndim == 2:
-                pixels = np.dstack([pixels] * 3)
-            elif pixels.ndim == 2:
-                pixels = deep(pixels, window, raw)
-        if header_only:
-            return pixels
-        return np.array(pixels) if writable else np.asarray(pixels)
-    except Image.DecompressionBombError:  # a header of 60,000 x 60,000 costs a few bytes
-        reason = (f"too large: over {MAX_PIXELS:,} pixels; cut it, e.g. by vips dzsave FILE TILES "
-                  "--tile-size 4096 --overlap 0 --depth one --suffix .png")
-    except Image.UnidentifiedImageError:
-        reason = "not an image, or of a kind that can't be read"
-    except Exception as error:  # decoders raise what they like: SyntaxError, struct.error, ...
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        told = "np.save" in reason or "--window" in reason or isinstance(error, OSError)
-        if str(path).lower().endswith(".npy") and not told:
-            reason = f"np.save one slice a file, numbers [H, W] or uint8 [H, W, 3] ({reason})"
-    raise BadImage(path, reason)
-
 # --------------------------------------------------------------------------------------------------
 # Tiles. RedDino: patches cut from whole smears beat segmented cells, so an image counts as its
-# 224 x 224 windows (which we call tiles, as a patch is a ViT's token). A bare grid drops 35% of a
+# 224 x 224 windows (tiles from now on, as a patch is a ViT's token). A bare grid drops 35% of a
 # 640 x 480 smear; windows spread evenly from edge to edge (3 x 3) keep all of it. Single cells are
-# the other choice, --unit cells. Every read decodes the whole file, a third of what its views take
-# at 224 pixels, twice what nano's take: so images are kept, decoded, as far as KEEP bytes reach.
+# the other choice, --unit cells. Decoding takes long: images are kept as far as KEEP bytes reach.
 
 KEEP = 600e6  # decoded, in each loading process: 650 smears of 640 x 480
 
@@ -273,23 +285,19 @@ def window_starts(length, tile_size):
 def find_cells(image, size=80):
     """Centres [n, 2] (x, y) of the cells in a stained smear, RGB uint8 [H, W, 3], without labels.
 
-    size: side of the square that will be cut around a cell; cells are taken to be about half as
-    wide. Those whose square would leave the image are dropped. (Otsu 1979; touching cells part
-    where the distance transform peaks.) On drawn smears 96% of the cells are found, and 97% of what
-    is found are cells; 24 ms a smear.
-    """
+    size: side of the square that will be cut around a cell, which is taken to be about half as
+    wide; squares that leave the image are dropped. (Otsu 1979; touching cells part where the
+    distance transform peaks.) On drawn smears 96% are found, and 97% of what is found are cells."""
     grey = cv2.GaussianBlur(image[..., 1], (0, 0), size / 50)  # green: haemoglobin swallows it
     _, dark = cv2.threshold(grey, 0, 255, cv2.THRESH_BINARY_INV + cv2.THRESH_OTSU)
     _, gap, stats, _ = cv2.connectedComponentsWithStats(255 - dark, connectivity=4)
     pale = stats[:, cv2.CC_STAT_AREA] < size**2 / 8
     pale[0] = False
     dark[pale[gap]] = 255  # pale middles belong to their cells; larger gaps between cells do not
-    depth = cv2.distanceTransform(dark, cv2.DIST_L2, 5)
-    depth = cv2.GaussianBlur(depth, (0, 0), size / 40)
+    depth = cv2.GaussianBlur(cv2.distanceTransform(dark, cv2.DIST_L2, 5), (0, 0), size / 40)
     near = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size // 3 | 1, size // 3 | 1))
-    summit = (depth == cv2.dilate(depth, near)) & (depth > size / 18)
+    y, x = np.nonzero((depth == cv2.dilate(depth, near)) & (depth > size / 18))
     _, blob, stats, middle = cv2.connectedComponentsWithStats(dark)
-    y, x = np.nonzero(summit)
     blob = blob[y, x]
     alone = np.bincount(blob, minlength=len(stats))[blob] == 1
     centres = np.where(alone[:, None], middle[blob], np.stack([x, y], 1))  # a sickle's peak is off
@@ -300,14 +308,12 @@ def find_cells(image, size=80):
 class Tiles:
     """Folders of images as one list of tiles: t[i] -> RGB uint8 [h, w, 3], or BadImage.
 
-    unit "tiles": h and w at most tile_size (0: any); a longer side is cut into windows, a shorter
-    one kept whole. Of several sizes each cuts all of the image: as all views end at one size, these
-    are magnifications. unit "cells": squares of tile_size around the cells of find_cells, for which
-    every image is decoded here; else only headers are read. window, raw: see read_image.
-    files: paths. sources: (folder, first tile, one past the last) for each folder. skipped:
-    {path: reason}. notes: lines about what was left out. Raises UserError for a folder missing,
-    given twice or without images, and if most files are unreadable.
-    """
+    unit "tiles": windows of tile_size (0: the whole image); of several sizes each cuts all of the
+    image: as all views end at one size, these are magnifications. unit "cells": squares around the
+    cells of find_cells, for which every image is decoded here; else only headers are read. window,
+    raw: see read_image. sources: (folder, first tile, one past the last). skipped: {path: reason}.
+    notes: what was left out. UserError for a folder missing, given twice or without images, and if
+    most files are unreadable."""
 
     def __init__(self, folders, tile_size=224, window=None, raw=False, unit="tiles"):
         self.tile_sizes, self.unit = np.atleast_1d(tile_size).tolist(), unit
@@ -317,149 +323,123 @@ class Tiles:
             raise UserError("--unit cells: needs stained smears and a --tile-size above 0")
         if len({os.path.realpath(folder) for folder in folders}) < len(folders):
             raise UserError(f"--data names a folder twice: {' '.join(map(repr, folders))}")
-        sizes, ends, self.corners = [], [0], []
+        sizes, squares, image = [], [], []
         for folder in folders:
-            begin, found = ends[-1], find_images(folder, self.notes)
+            begin, found = len(squares), find_images(folder, self.notes)
             if not found:
                 raise UserError(f"no images in {folder!r} or below it; looked for "
                                 f"{' '.join(EXTENSIONS)}")
-            with ThreadPoolExecutor(16) as pool:  # mostly waiting for the disk or the network
+            with ThreadPoolExecutor(16) as pool:
                 looks = [pool.submit(self.look, path) for path in found]
             for path, look in zip(found, looks):
                 if look.exception():
                     self.skipped[path] = look.exception().reason
                     continue
-                size, corners = look.result()
-                self.files.append(path)
+                size, of_one = look.result()
+                squares += of_one
+                image += [len(sizes)] * len(of_one)
                 sizes.append(size)
-                self.corners.append(corners)
-                tiles = self.windows(size) if corners is None else corners
-                ends.append(ends[-1] + len(tiles))
-            self.sources.append((folder, begin, ends[-1]))
+                self.files.append(path)
+            self.sources.append((folder, begin, len(squares)))
         if len(self.skipped) > len(self.files):
             first = BadImage(*next(iter(self.skipped.items())))
             raise UserError(f"{len(self.skipped)} of {len(self.skipped) + len(self.files)} images "
                             f"can't be read; the first is {first}")
-        self.sizes, self.ends = np.array(sizes), np.array(ends[1:])  # a forked worker copies none
+        # of an image its height and width; of a tile its image, and side, top and left in it
+        self.sizes, self.image, self.squares = map(np.array, (sizes, image, squares))
         self.kept, self.bytes = {}, 0  # decoded, the oldest first
 
     def look(self, path):
-        """(height, width) of an image, and of --unit cells their squares as (side, top, left)."""
-        if self.unit != "cells":
-            return read_image(path, header_only=True, **self.reading), None
-        image = read_image(path, writable=False, **self.reading)
-        squares = [(size, *np.rint(centre[::-1] - size / 2).astype(int).tolist())
-                   for size in self.tile_sizes for centre in find_cells(image, size)]
-        return image.shape[:2], squares
+        """(height, width) of an image, and (side, top, left) of its tiles."""
+        if self.unit == "cells":
+            image = read_image(path, writable=False, **self.reading)
+            return image.shape[:2], [
+                (side, round(y - side / 2), round(x - side / 2))
+                for side in self.tile_sizes for x, y in find_cells(image, side)]
+        height, width = read_image(path, header_only=True, **self.reading)
+        return (height, width), [
+            (side, top, left) for side in self.tile_sizes
+            for top in window_starts(height, side) for left in window_starts(width, side)]
 
     def __len__(self):
-        return int(self.ends[-1])
-
-    def windows(self, shape):
-        """Side, top and left of all tiles of an image of this shape, size by size."""
-        return [(size, *corner) for size in self.tile_sizes
-                for corner in itertools.product(*(window_starts(side, size) for side in shape))]
-
-    def file_number(self, i):
-        if not 0 <= i < len(self):
-            raise IndexError(f"tile {i} of {len(self)}")
-        return int(np.searchsorted(self.ends, i, side="right"))
+        return len(self.squares)
 
     def file_of(self, i):
-        return self.files[self.file_number(i)]
+        return self.files[self.image[i]]
 
-    def at_once(self, files):
-        """How many of these images can be kept, decoded, at the same time: half of KEEP."""
-        size = np.sort(self.sizes[files].prod(1)) * (4 if self.reading["raw"] else 3)
-        whole = size.sum() <= KEEP
-        return len(files) if whole else max(int((size.cumsum() <= KEEP / 2).sum()), 1)
+    def __getitem__(self, i):
+        if not 0 <= i < len(self):
+            raise IndexError(f"tile {i} of {len(self)}")
+        number = self.image[i]
+        image = self.kept.pop(number, None)
+        if image is None:
+            image = read_image(self.files[number], writable=False, **self.reading)
+            if image.shape[:2] != tuple(self.sizes[number]):
+                raise BadImage(self.files[number], "its size has changed since the run began")
+            self.bytes += image.nbytes
+            while self.bytes > KEEP and self.kept:
+                self.bytes -= self.kept.pop(next(iter(self.kept))).nbytes
+        self.kept[number] = image
+        side, top, left = self.squares[i]
+        return image[top:top + (side or MAX_PIXELS), left:left + (side or MAX_PIXELS)].copy()
 
     def shuffled(self, first, last, rng, mix=0, batch=1):
-        """Tiles first..last-1 in random order, those of some images at a time: of as many as can be
-        kept, so that each is decoded once an epoch and not once a tile (at 2560 x 1920 decoding was
-        82% of loading, and is 4%). mix: of so many images, at most, come `batch` tiles in a row."""
-        files = np.searchsorted(self.ends, np.arange(first, last), side="right")
-        present, image = np.unique(files, return_inverse=True)
+        """Tiles first..last-1 in random order, those of some images at a time: of as many as fill
+        half of KEEP, so that each is decoded once an epoch and not once a tile (at 2560 x 1920 82%
+        of loading, now 4%). mix: of at most so many; of 1 come `batch` tiles in a row, repeated
+        where it has fewer."""
+        present, image = np.unique(self.image[first:last], return_inverse=True)
         if mix == 1:
-            return first + of_one_image(image, rng, batch)
-        at_once = min(mix or len(present), self.at_once(present))
+            own = [np.flatnonzero(image == number) for number in rng.permutation(len(present))]
+            whole = [max(len(tiles) // batch, 1) * batch for tiles in own]
+            return first + np.concatenate(
+                [np.resize(rng.permutation(tiles), n) for tiles, n in zip(own, whole)])
+        size = np.sort(self.sizes[present].prod(1)) * (4 if self.reading["raw"] else 3)
+        fitting = len(present) if size.sum() <= KEEP else (size.cumsum() <= KEEP / 2).sum()
+        at_once = min(mix or len(present), max(fitting, 1))
         if at_once == len(present):
             return first + rng.permutation(last - first)
         place = rng.permutation(len(present))[image] + rng.random(last - first) * at_once
         return first + np.argsort(place % len(present))  # %: the last images' begin the epoch
 
-    def __getitem__(self, i):
-        f = self.file_number(i)
-        image = self.kept.pop(f, None)
-        if image is None:
-            image = read_image(self.files[f], writable=False, **self.reading)
-            if image.shape[:2] != tuple(self.sizes[f]):
-                raise BadImage(self.files[f], "its size has changed since the run began")
-            self.bytes += image.nbytes
-            while self.bytes > KEEP and self.kept:
-                self.bytes -= self.kept.pop(next(iter(self.kept))).nbytes
-        self.kept[f] = image
-        corners = self.corners[f] if self.unit == "cells" else self.windows(image.shape[:2])
-        size, y, x = corners[i - self.ends[f]]  # counted from the end: negative
-        return image[y:y + (size or MAX_PIXELS), x:x + (size or MAX_PIXELS)].copy()
-
-def of_one_image(image, rng, batch):
-    """An order of tiles, whose images are `image` [n], in which each `batch` in a row are of one
-    image: so many of each, repeated where it has fewer, image after image."""
-    order = []
-    for number in rng.permutation(image.max() + 1):
-        own = rng.permutation(np.flatnonzero(image == number))
-        order.append(np.resize(own, max(len(own) // batch, 1) * batch))
-    return np.concatenate(order)
-
 # --------------------------------------------------------------------------------------------------
 # RedDino: 32 pixel transforms where DINOv2 has four. Its release switches on 33 of Albumentations'
-# by name, at the defaults of the library's 1.4; the paper counts 32. We leave out RandomFog, which
-# alone takes 41 of their 88 ms. Every parameter is written out, for the names alone mean something
-# else in 2.0.8 (GaussNoise went from a standard deviation of 3-7 grey levels to 51-112). Six do
-# something else there, or take long; their form in 1.4 follows. Times: one 224 x 224 image on one
-# core, 2.0.8's -> ours.
+# by name, at the defaults of 1.4; the paper counts 32. We leave out RandomFog: in 2.0.8 41 of 88
+# ms. Parameters are written out: 2.0.8's defaults differ (GaussNoise: a std of 51-112 grey levels,
+# once 3-7). Six do something else there, or take long (2.0.8 -> ours); their 1.4 forms follow.
 
-# 7.7 -> 0.5 ms; 2.0.8 stretches colours along the axes, 1.4 (and AlexNet) shift them
-class FancyPCA(A.FancyPCA):
+class FancyPCA(A.FancyPCA):  # 7.7 -> 0.5 ms; 1.4 (and AlexNet) shift colours, 2.0.8 stretches them
     def apply(self, img, alpha_vector, **params):
-        # every 7th pixel will do
-        variances, axes = np.linalg.eigh(np.cov(img.reshape(-1, 3)[::7] / 255, rowvar=False))
+        some = img.reshape(-1, 3)[::7] / 255  # every 7th pixel will do
+        variances, axes = np.linalg.eigh(np.cov(some, rowvar=False))
         return cv2.add(img, (*np.rint(255 * axes @ (alpha_vector * variances)), 0))
 
-# 13.8 -> 0.8 ms; each pixel comes from a random walk of `iterations` steps away
-class GlassBlur(A.GlassBlur):
+class GlassBlur(A.GlassBlur):  # 13.8 -> 0.8 ms; a pixel comes from a random walk of `iterations`
     def get_params_dependent_on_data(self, params, data):
         shape = (self.iterations, 2, *params["shape"][:2])
         steps = self.random_generator.integers(-self.max_delta, self.max_delta, shape, np.int8)
-        # [(y, x), h, w]
-        return {"source": np.indices(shape[2:], np.int16) + steps.sum(0, np.int16)}
+        y, x = np.indices(shape[2:], np.int16) + steps.sum(0, np.int16)
+        return {"source": cv2.merge([x, y])}
 
     def apply(self, img, source, **params):
         img = cv2.GaussianBlur(img, (0, 0), self.sigma)
-        img = cv2.remap(img, cv2.merge(source[::-1]), None, cv2.INTER_NEAREST,
-                        borderMode=cv2.BORDER_REFLECT_101)
+        img = cv2.remap(img, source, None, cv2.INTER_NEAREST, borderMode=cv2.BORDER_REFLECT_101)
         return cv2.GaussianBlur(img, (0, 0), self.sigma)
 
-# 3.2 -> 1.5 ms; 2.0.8 lost factors of 255 and 360: no hue noise, sparse specks for grain
-class ISONoise(A.ISONoise):
+class ISONoise(A.ISONoise):  # 3.2 -> 1.5 ms; 2.0.8 lost factors of 255 and 360, and with them hue
     def apply(self, img, color_shift, intensity, random_seed, **params):
-        hls = cv2.cvtColor(img / np.float32(255), cv2.COLOR_RGB2HLS)
-        hue, lightness, saturation = cv2.split(hls)
+        hls = cv2.split(cv2.cvtColor(img / np.float32(255), cv2.COLOR_RGB2HLS))
+        hue, lightness, _ = hls
         rng = np.random.default_rng(random_seed)
         colour, grain = rng.standard_normal((2, *img.shape[:2]), np.float32)
         hue += colour * (360 * color_shift * intensity)  # degrees; cv2 wraps them
-        # 1.4 draws Poisson numbers of this mean; near normal
-        photons = 255 * intensity * float(lightness.std())
+        photons = 255 * intensity * float(lightness.std())  # 1.4: Poisson's mean; near normal
         lightness += np.maximum(grain * math.sqrt(photons) + photons, 0) * (1 - lightness) / 255
-        hls = cv2.merge((hue, lightness, saturation))
-        return cv2.convertScaleAbs(cv2.cvtColor(hls, cv2.COLOR_HLS2RGB), alpha=255)
+        return cv2.convertScaleAbs(cv2.cvtColor(cv2.merge(hls), cv2.COLOR_HLS2RGB), alpha=255)
 
-# 1.4 blurs and darkens all of the image, 2.0.8 blurs the drops alone
-class RandomRain(A.RandomRain):
+class RandomRain(A.RandomRain):  # 1.4 blurs and darkens all of the image, 2.0.8 blurs drops alone
     def get_params_dependent_on_data(self, params, data):
         h, w = params["shape"][:2]
-        # 1.4's density
         tops = self.random_generator.integers((0, -self.drop_length), (w, h), (h * w // 600, 2))
         ends = tops + np.array([int(self.py_random.uniform(*self.slant_range)), self.drop_length])
         return {"drops": np.stack((tops, ends), 1).astype(np.int32)}  # [drops, 2 ends, (x, y)]
@@ -469,8 +449,7 @@ class RandomRain(A.RandomRain):
         img = cv2.blur(img, (self.blur_value,) * 2)
         return cv2.convertScaleAbs(img, alpha=self.brightness_coefficient)
 
-# 1.4 halves HLS lightness, which keeps the saturation; 2.0.8 halves RGB
-class RandomShadow(A.RandomShadow):
+class RandomShadow(A.RandomShadow):  # 1.4 halves HLS lightness, 2.0.8 RGB, and so saturation
     def apply(self, img, vertices_list, **params):
         mask, hls = np.zeros(img.shape[:2], np.uint8), cv2.cvtColor(img, cv2.COLOR_RGB2HLS)
         for corners in vertices_list:
@@ -478,124 +457,98 @@ class RandomShadow(A.RandomShadow):
         hls[..., 1] >>= mask
         return cv2.cvtColor(hls, cv2.COLOR_HLS2RGB)
 
-# 7.3 -> 0.9 ms; 2.0.8 dims the flare, in 1.4 its middle is pure white
-class RandomSunFlare(A.RandomSunFlare):
+class RandomSunFlare(A.RandomSunFlare):  # 7.3 -> 0.9 ms; 2.0.8 dims it, in 1.4 its middle is white
     def apply(self, img, flare_center, circles, **params):
         ghosts = img.copy()
         for alpha, centre, radius, colour in circles:
             cv2.circle(ghosts, centre, radius, colour, -1)
             img = cv2.addWeighted(ghosts, alpha, img, 1 - alpha, 0)
-        # 40 white discs laid over each other, the smallest opaque: at distance d all those of
-        # radius d or more count.
+        # 40 white discs over each other, the smallest opaque: at distance d all of radius d or more
         discs = self.src_radius // 10
         radii = np.linspace(1, self.src_radius, discs).astype(int)
         opaque = np.linspace(1, 0, discs) ** 3
-        # share of the image seen through discs i and larger
-        passed = np.append(np.cumprod(1 - opaque[::-1])[::-1], 1)
+        passed = np.append(np.cumprod(1 - opaque[::-1])[::-1], 1)  # seen through discs i and larger
         y, x = np.ogrid[:img.shape[0], :img.shape[1]]
-        squared = (x - flare_center[0]) ** 2 + (y - flare_center[1]) ** 2
-        d = np.sqrt(squared, dtype=np.float32).round().astype(np.int32)
-        passed = passed[np.searchsorted(radii, np.arange(d.max() + 1))].astype(np.float32)
-        return (255 - (255 - img) * passed[d][..., None]).astype(np.uint8)
+        d = np.hypot(x - flare_center[0], y - flare_center[1]).round().astype(int)
+        passed = passed[np.searchsorted(radii, d)].astype(np.float32)
+        return (255 - (255 - img) * passed[..., None]).astype(np.uint8)
 
-P = 0.85  # of each transform drawn, and of each flip (release)
+NEAREST = {"downscale": cv2.INTER_NEAREST, "upscale": cv2.INTER_NEAREST}
+SMOOTH = {"downscale": cv2.INTER_AREA, "upscale": cv2.INTER_LINEAR}
 GROUPS = {
-    # Stain batch, pH and age, lamp and exposure: every laboratory differs in these, every smear
-    # shows them.
+    # stain batch, pH and age, lamp and exposure: every laboratory differs, every smear shows them
     "illumination and stain": [
-        A.ColorJitter(brightness=(0.8, 1.2), contrast=(0.8, 1.2), saturation=(0.8, 1.2),
-                      hue=(-0.2, 0.2), p=P),
-        A.HueSaturationValue(hue_shift_limit=(-20, 20), sat_shift_limit=(-30, 30),
-                             val_shift_limit=(-20, 20), p=P),
-        # white balance
-        A.RGBShift(r_shift_limit=(-20, 20), g_shift_limit=(-20, 20), b_shift_limit=(-20, 20), p=P),
-        A.RandomBrightnessContrast(brightness_limit=(-0.2, 0.2), contrast_limit=(-0.2, 0.2), p=P),
-        A.RandomGamma(gamma_limit=(80, 120), p=P),  # the camera's response
-        A.RandomToneCurve(scale=0.1, per_channel=False, p=P),
-        # hardly anything: 1 grey level on a smear, for the variances are small
-        FancyPCA(alpha=0.1, p=P),
-        # contrast as viewing software lifts it
-        A.CLAHE(clip_limit=(1, 4), tile_grid_size=(8, 8), p=P),
-        # stronger than any stain: the background turns to noise
-        A.Equalize(mode="cv", by_channels=True, p=P),
+        A.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.2),
+        A.HueSaturationValue(hue_shift_limit=20, sat_shift_limit=30, val_shift_limit=20),
+        A.RGBShift(r_shift_limit=20, g_shift_limit=20, b_shift_limit=20),  # white balance
+        A.RandomBrightnessContrast(brightness_limit=0.2, contrast_limit=0.2),
+        A.RandomGamma(gamma_limit=(80, 120)),  # the camera's response
+        A.RandomToneCurve(scale=0.1, per_channel=False),
+        FancyPCA(alpha=0.1),  # hardly anything: 1 grey level on a smear, whose variances are small
+        A.CLAHE(clip_limit=(1, 4), tile_grid_size=(8, 8)),  # as viewing software lifts contrast
+        A.Equalize(mode="cv", by_channels=True),  # beyond any stain: the background turns to noise
     ],
-    # No smear shows these. They take colour away as a cue, so that shape and texture must do.
+    # no smear shows these: they take colour away as a cue, so that shape and texture must do
     "colour set aside": [
-        A.ChannelShuffle(p=P),
-        A.ChannelDropout(channel_drop_range=(1, 1), fill=0, p=P),
-        A.InvertImg(p=P),  # near a dark field
-        A.Solarize(threshold_range=(128 / 255, 128 / 255), p=P),
-        A.Posterize(num_bits=4, p=P),
+        A.ChannelShuffle(),
+        A.ChannelDropout(channel_drop_range=(1, 1), fill=0),
+        A.InvertImg(),  # near a dark field
+        A.Solarize(threshold_range=(128 / 255, 128 / 255)),
+        A.Posterize(num_bits=4),
     ],
-    # A 100x oil objective is in focus over about 0.5 um, a cell is 2 um thick: some part of a smear
-    # is always soft.
+    # a 100x oil objective is in focus over 0.5 um, a cell is 2 um thick: some part is always soft
     "focus and edges": [
-        # 1.4.3 drew 3-7 here and for MedianBlur, but by a slip always used 3
-        A.Blur(blur_limit=(3, 7), p=P),
-        # 1.4: the sigma that belongs to the kernel
-        A.GaussianBlur(blur_limit=(3, 7), sigma_limit=(0.8, 1.4), p=P),
-        A.MedianBlur(blur_limit=(3, 7), p=P),  # denoising in the camera
-        # a moving stage; 2.0.8 smears a third less far
-        A.MotionBlur(blur_limit=(3, 7), allow_shifted=True, p=P),
-        # the upper end loses a cell's inner structure
-        A.Defocus(radius=(3, 10), alias_blur=(0.1, 0.5), p=P),
-        # dirt on the lens, dried oil: rare and milder
-        GlassBlur(sigma=0.7, max_delta=4, iterations=2, p=P),
-        # the camera's default, often
-        A.Sharpen(alpha=(0.2, 0.5), lightness=(0.5, 1.0), method="kernel", p=P),
-        A.Emboss(alpha=(0.2, 0.5), strength=(0.2, 0.7), p=P),  # oblique light or DIC
-        # condenser closed too far
-        A.RingingOvershoot(blur_limit=(7, 15), cutoff=(math.pi / 4, math.pi / 2), p=P),
+        A.Blur(blur_limit=(3, 7)),  # 1.4.3 drew 3-7 here and in MedianBlur, but by a slip used 3
+        A.GaussianBlur(blur_limit=(3, 7), sigma_limit=(0.8, 1.4)),  # 1.4: the kernel's own sigma
+        A.MedianBlur(blur_limit=(3, 7)),  # denoising in the camera
+        A.MotionBlur(blur_limit=(3, 7), allow_shifted=True),  # a moving stage; 1.4: a third further
+        A.Defocus(radius=(3, 10), alias_blur=(0.1, 0.5)),  # at 10 a cell's inner structure is gone
+        GlassBlur(sigma=0.7, max_delta=4, iterations=2),  # dirt, dried oil: rare and milder
+        A.Sharpen(alpha=(0.2, 0.5), lightness=(0.5, 1.0), method="kernel"),  # cameras' default
+        A.Emboss(alpha=(0.2, 0.5), strength=(0.2, 0.7)),  # oblique light or DIC
+        A.RingingOvershoot(blur_limit=(7, 15), cutoff=(np.pi / 4, np.pi / 2)),  # closed condenser
     ],
     "sensor and file": [
-        # Short exposure, high gain. 1.4's variance of 10-50 is 3.2-7.1 grey levels; 2.0.8 loses 0.4
-        # by truncation.
-        A.GaussNoise(std_range=(3.6 / 255, 7.5 / 255), mean_range=(0, 0), per_channel=True, p=P),
-        ISONoise(color_shift=(0.01, 0.05), intensity=(0.1, 0.5), p=P),
-        # lamp flicker
-        A.MultiplicativeNoise(multiplier=(0.9, 1.1), per_channel=False, elementwise=False, p=P),
-        # a lower objective or digital zoom; real ones do not alias so
-        A.Downscale(scale_range=(0.25, 0.25), p=P,
-                    interpolation_pair={"downscale": cv2.INTER_NEAREST,
-                                        "upscale": cv2.INTER_NEAREST}),
-        # all but lossless; files are worse
-        A.ImageCompression(compression_type="jpeg", quality_range=(99, 100), p=P),
+        # short exposure, high gain. 1.4: 3.2-7.1 grey levels; 2.0.8 loses 0.4 by truncation
+        A.GaussNoise(std_range=(3.6 / 255, 7.5 / 255), mean_range=(0, 0), per_channel=True),
+        ISONoise(color_shift=(0.01, 0.05), intensity=(0.1, 0.5)),
+        A.MultiplicativeNoise(multiplier=(0.9, 1.1), per_channel=False, elementwise=False),  # lamp
+        # digital zoom or a lower objective, which does not alias so
+        A.Downscale(scale_range=(0.25, 0.25), interpolation_pair=NEAREST),
+        A.ImageCompression(compression_type="jpeg", quality_range=(99, 100)),  # files are worse
     ],
-    # Made for photographs of streets. What a smear has of the kind is named behind each.
+    # made for photographs of streets; a smear has dirt out of focus, reflections, at best scratches
     "optics and debris": [
-        # dirt out of focus
-        RandomShadow(shadow_roi=(0, 0.5, 1, 1), num_shadows_limit=(1, 2), shadow_dimension=5, p=P),
+        RandomShadow(shadow_roi=(0, 0.5, 1, 1), num_shadows_limit=(1, 2), shadow_dimension=5),
         RandomSunFlare(flare_roi=(0, 0, 1, 0.5), src_radius=400, src_color=(255, 255, 255),
-                       angle_range=(0, 1), num_flare_circles_range=(6, 10), p=P),
-        RandomRain(slant_range=(-10, 10), drop_length=20, drop_width=1,
-                   drop_color=(200, 200, 200), blur_value=7,
-                   brightness_coefficient=0.7, p=P),  # nothing: scratches come closest
-        # nothing: turns pale
-        A.RandomSnow(snow_point_range=(0.1, 0.3), brightness_coeff=2.5, method="bleach", p=P),
+                       angle_range=(0, 1), num_flare_circles_range=(6, 10)),
+        RandomRain(slant_range=(-10, 10), drop_length=20, drop_width=1, blur_value=7,
+                   drop_color=(200, 200, 200), brightness_coefficient=0.7),
+        A.RandomSnow(snow_point_range=(0.1, 0.3), brightness_coeff=2.5, method="bleach"),
     ],
 }
-TRANSFORMS = [t for group in GROUPS.values() for t in group]
+TRANSFORMS = [transform for group in GROUPS.values() for transform in group]
+# RedDino: a smear has no up or left; the release flips and turns with 0.85, not 0.5
+FLIPS = [A.HorizontalFlip(), A.VerticalFlip(), A.RandomRotate90()]
+for transform in TRANSFORMS + FLIPS:
+    transform.p = 0.85  # release
 
 # DINOv2's own, in this order, for the first and second global view and the local ones. Blur with
-# 1.0, 0.1, 0.5 is what DINOv2 describes; its code hands 1 - p to the transform, so that its models
-# saw 0, 0.9, 0.5.
+# 1.0, 0.1, 0.5 is what DINOv2 describes; its code hands 1 - p on: its models saw 0, 0.9, 0.5.
 DINOV2 = [[
     A.HorizontalFlip(p=0.5),
-    A.ColorJitter(brightness=(0.6, 1.4), contrast=(0.6, 1.4), saturation=(0.8, 1.2),
-                  hue=(-0.1, 0.1), p=0.8),
+    A.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, p=0.8),
     A.ToGray(p=0.2),
     A.GaussianBlur(blur_limit=(9, 9), sigma_limit=(0.1, 2.0), p=blur),
     A.Solarize(threshold_range=(128 / 255, 128 / 255), p=solarize),
 ] for blur, solarize in ((1.0, 0), (0.1, 0.2), (0.5, 0))]
 
 # Other organs: short lists, all of it in this order, each entry with the artefact that it mimics.
-# Grey stays grey, and nothing is mirrored where organs have a side: a mirrored chest is situs
-# inversus, a rare abnormality that has to stay one. Ranges are our choice, by the looks (figures.py
-# SLICE --augment ct). `ct` computes in HU up to its window, by what is ours here, Rotate and Blur:
-# the library's other filters clip floats to 0..1 without a word.
+# Nothing is mirrored where organs have a side: a mirrored chest is situs inversus, rare, and has to
+# stay so. Ranges are our choice, by the looks (figures.py SLICE --augment ct). `ct` computes in HU
+# up to its window, with ours, Rotate and Blur: the library's other filters clip floats to 0..1.
 
-# values or 8 bit -> 8 bit; 8 bit has been through some window already
-class RandomWindow(A.ImageOnlyTransform):
+class RandomWindow(A.ImageOnlyTransform):  # values or 8 bits, windowed already -> 8 bits
     def __init__(self, windows):
         super().__init__(p=1)
         self.windows = windows
@@ -609,8 +562,8 @@ class RandomWindow(A.ImageOnlyTransform):
         return apply_window(img.astype(np.float32), level, width)
 
 class Effect(A.ImageOnlyTransform):
-    """One of the functions below: float32 [H, W, C], rng, and numbers, each drawn evenly from its
-    range in `ranges`."""
+    """function(float32 [H, W, C], rng, numbers, each drawn evenly from its range)."""
+
     def __init__(self, function, p, **ranges):
         super().__init__(p=p)
         self.function, self.ranges = function, ranges
@@ -618,34 +571,29 @@ class Effect(A.ImageOnlyTransform):
     def apply(self, img, **params):
         drawn = {name: self.py_random.uniform(*ends) for name, ends in self.ranges.items()}
         x = img.astype(np.float32).reshape(*img.shape[:2], -1)
-        x = self.function(x, self.random_generator, **drawn)
-        x = x.astype(np.float32).reshape(img.shape)
+        x = self.function(x, self.random_generator, **drawn).astype(np.float32).reshape(img.shape)
         return np.rint(x).clip(0, 255).astype(np.uint8) if img.dtype == np.uint8 else x
 
-# the same in all channels
-def noise(x, rng): return rng.standard_normal((*x.shape[:2], 1), np.float32)
+def noise(x, rng):  # the same in all channels
+    return rng.standard_normal((*x.shape[:2], 1), np.float32)
 
 def low_dose(x, rng, dose):  # a quarter of the X-rays, twice the noise: 6 HU at full dose
     return x + 6 / math.sqrt(dose) * noise(x, rng)
 
-# -1: a Gaussian blur, as for soft tissue; 1: edges and noise, as for bone
-def kernel(x, rng, sharpness, sigma):
+def kernel(x, rng, sharpness, sigma):  # -1 blurs, as for soft tissue; 1: sharp, as for bone
     return x + sharpness * (x - cv2.GaussianBlur(x, (0, 0), sigma).reshape(x.shape))
 
-# a coil hears best what is near: brightness drifts, smoothly, by a factor
-def bias_field(x, rng, strength):
+def bias_field(x, rng, strength):  # a coil hears best what is near: brightness drifts, smoothly
     log = cv2.resize(rng.normal(0, strength, (3, 3)), x.shape[1::-1], interpolation=cv2.INTER_CUBIC)
     return x * np.exp(log)[..., None]
 
-# Breath, pulse: in k-space all but each n-th line are weaker by `share`, which amounts to n faint
-# copies along the phase-encoding axis.
+# breath, pulse: in k-space all but each n-th line are weaker, which amounts to n faint copies
 def ghosting(x, rng, copies, share):
     n, axis = int(copies), rng.integers(2)
     copies = sum(np.roll(x, k * x.shape[axis] // n, axis) for k in range(n))
     return (1 - share) * x + share / n * copies
 
-# magnitude of a signal with noise in both its parts: the dark gets brighter
-def rician(x, rng, sigma):
+def rician(x, rng, sigma):  # magnitude of a signal with noise in both its parts: dark gets brighter
     return np.hypot(x + sigma * noise(x, rng), sigma * noise(x, rng))
 
 def collimation(x, rng, most):  # lead leaves around the field, black
@@ -659,74 +607,55 @@ def grid_lines(x, rng, period, depth):  # of the grid that holds back scattered 
     wave = 1 + depth * np.sin(phase)
     return x * (wave[:x.shape[0], None, None] if rng.random() < 0.5 else wave[:x.shape[1], None])
 
-# Optical density of haematoxylin, eosin and DAB in R, G, B (Ruifrok and Johnston 2001)
+# optical density of haematoxylin, eosin and DAB in R, G, B (Ruifrok and Johnston 2001)
 HED = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
 
-# More or less of each dye (Tellez et al. 2018). A.HEStain drops what its two dyes don't explain: 24
-# grey levels on a drawn smear, before it has varied anything.
 def stain(x, rng, spread):
+    """More or less of each dye (Tellez et al. 2018); -log is density (Beer-Lambert)."""
     to_dyes_and_back = np.linalg.inv(HED) @ (rng.uniform(1 - spread, 1 + spread, (3, 1)) * HED)
     more = spread / 10 * rng.uniform(-1, 1, 3) @ HED
-    # -log is density (Beer-Lambert)
     return 256 * np.exp(np.log((x + 1) / 256) @ to_dyes_and_back - more) - 1
 
-# no further: gravity says which way is up
-TURN = A.Rotate((-8, 8), border_mode=cv2.BORDER_REPLICATE, p=0.5)
-LAMP = A.ColorJitter(brightness=(0.9, 1.1), contrast=(0.9, 1.1), saturation=(0.9, 1.1),
-                     hue=(-0.02, 0.02), p=0.5)
-# "cells" is histology without what blurs: in views of 40 pixels that erases what tells cells apart.
-RECIPES = {"reddino": [[]], "none": [[]], "cells": [[
-    A.D4(p=1),
-    Effect(stain, 0.8, spread=(0, 0.3)),
-    LAMP,
-]], "dinov2": DINOV2, "ct": [[
+TURN = A.Rotate((-8, 8), border_mode=cv2.BORDER_REPLICATE, p=0.5)  # gravity says what is up
+LAMP = A.ColorJitter(brightness=0.1, contrast=0.1, saturation=0.1, hue=0.02, p=0.5)
+RECIPES = {"reddino": [[]], "none": [FLIPS], "dinov2": DINOV2, "ct": [[
     TURN,
     Effect(low_dose, 0.5, dose=(1 / 16, 1)),
     Effect(kernel, 0.5, sharpness=(-1, 1), sigma=(0.6, 1.2)),  # each maker has its own
     A.Blur(blur_limit=(3, 5), p=0.2),  # thick slices average what lies above each other
-    # HU: lung, mediastinum, bone, vessels
-    RandomWindow([(-600, 1500), (40, 400), (400, 1800), (200, 700)]),
+    RandomWindow([(-600, 1500), (40, 400), (400, 1800), (200, 700)]),  # lung, soft, bone, vessels
     A.MotionBlur(blur_limit=(3, 9), p=0.2),  # breath
-    # contrast timing: blood gains or loses against tissue
-    A.RandomToneCurve(scale=0.15, per_channel=False, p=0.5),
+    A.RandomToneCurve(scale=0.15, per_channel=False, p=0.5),  # when contrast agent came
 ]], "mri": [[
-    # brains, knees and breasts are all but symmetric; take it out for a heart or a liver
-    A.HorizontalFlip(p=0.5),
+    A.HorizontalFlip(p=0.5),  # brains, knees, breasts are all but symmetric; not hearts or livers
     TURN,
     Effect(bias_field, 0.5, strength=(0.05, 0.3)),
-    # there are no units
-    A.RandomBrightnessContrast(brightness_limit=(0, 0), contrast_limit=(-0.3, 0.3), p=0.5),
-    # echo and repetition times weigh tissues in their own way
-    A.RandomGamma(gamma_limit=(70, 140), p=0.5),
+    A.RandomBrightnessContrast(brightness_limit=0, contrast_limit=0.3, p=0.5),  # there are no units
+    A.RandomGamma(gamma_limit=(70, 140), p=0.5),  # echo and repetition times weigh tissues
     A.MotionBlur(blur_limit=(3, 7), p=0.1),
     Effect(ghosting, 0.2, copies=(2, 7), share=(0.1, 0.4)),
-    # Gibbs: k-space cut short
-    A.RingingOvershoot(blur_limit=(7, 15), cutoff=(math.pi / 2, 3 * math.pi / 4), p=0.1),
+    A.RingingOvershoot(blur_limit=(7, 15), cutoff=(np.pi / 2, 3 * np.pi / 4), p=0.1),  # Gibbs
     Effect(rician, 0.5, sigma=(2, 12)),
 ]], "xray": [[
     TURN,
-    # exposure
-    A.RandomBrightnessContrast(brightness_limit=(-0.2, 0.2), contrast_limit=(-0.2, 0.2), p=0.5),
+    A.RandomBrightnessContrast(brightness_limit=0.2, contrast_limit=0.2, p=0.5),  # exposure
     A.RandomGamma(gamma_limit=(60, 160), p=0.5),  # tube voltage
     A.RandomToneCurve(scale=0.1, per_channel=False, p=0.3),  # the maker's look-up table
     A.GaussianBlur(blur_limit=0, sigma_limit=(0.3, 1.5), p=0.3),  # detector and focal spot
     Effect(grid_lines, 0.2, period=(2.5, 8), depth=(0.01, 0.06)),
     A.GaussNoise(std_range=(0.01, 0.04), per_channel=False, p=0.3),  # few quanta
     Effect(collimation, 0.3, most=(0.15, 0.15)),
-    A.InvertImg(p=0.05),  # MONOCHROME1: exports that show bone black
+    A.InvertImg(p=0.05),  # exports that show bone black
 ]], "histology": [[
     A.D4(p=1),  # tissue has no up or left: all eight orientations alike
     Effect(stain, 0.8, spread=(0, 0.3)),
-    # lamp
     LAMP,
-    # a lower objective; for others give --tile-size several sizes
-    A.Downscale(scale_range=(0.4, 0.8), p=0.2,
-                interpolation_pair={"downscale": cv2.INTER_AREA, "upscale": cv2.INTER_LINEAR}),
-    # thick or folded sections leave the focus
-    A.GaussianBlur(blur_limit=0, sigma_limit=(0.3, 1.5), p=0.3),
-    # as slides are stored
-    A.ImageCompression(compression_type="jpeg", quality_range=(50, 95), p=0.3),
+    A.Downscale(scale_range=(0.4, 0.8), interpolation_pair=SMOOTH, p=0.2),  # a lower objective
+    A.GaussianBlur(blur_limit=0, sigma_limit=(0.3, 1.5), p=0.3),  # thick or folded sections
+    A.ImageCompression(compression_type="jpeg", quality_range=(50, 95), p=0.3),  # as slides are
 ]]}
+# histology without what blurs: in views of 40 pixels that erases what tells cells apart
+RECIPES["cells"] = [RECIPES["histology"][0][:3]]
 
 # --------------------------------------------------------------------------------------------------
 # Views. DINOv2's multi-crop: two global views for teacher and student, local ones for the student
@@ -744,8 +673,7 @@ class MultiCrop:
 
     augment: one of RECIPES. "ct" takes values [h, w] as well, and draws its windows around `window`
     (level, width). Global views show global_scale to all of the area, local ones 0.05 (DINOv2) to
-    global_scale. All randomness comes from rng, a numpy Generator: see sample_rng.
-    """
+    global_scale. All randomness comes from rng, a numpy Generator: see sample_rng."""
 
     def __init__(self, augment="reddino", global_size=224, local_size=98, local_crops=1,
                  global_scale=0.32, window=None):
@@ -764,38 +692,22 @@ class MultiCrop:
 
     def __call__(self, tile, rng):
         # Albumentations draws from two generators. Given both here, its own never count: left
-        # alone, in 2.0.8, two workers draw the same, and again in each epoch. Seeding a pipeline of
-        # 32 anew would take 1.05 ms, this 0.01.
-        python_rng = random.Random(int(rng.integers(2**62)))
-        views = []
+        # alone, in 2.0.8, two workers draw the same, and again in each epoch.
+        python_rng, views = random.Random(int(rng.integers(2**62))), []
         for number, crop in enumerate(self.crops):  # cropped first: colour work costs by the pixel
-            if self.augment == "reddino":
-                # RedDino: four different ones of the 32, each with its p. (1.4's SomeOf drew with
-                # replacement, ignored p.)
-                some = python_rng.sample(TRANSFORMS, TRANSFORMS_PER_VIEW)
-            else:  # first and second global view, local ones
-                some = self.recipe[min(number, 1 if number < GLOBAL_VIEWS else 2)]
+            # first and second global view, local ones
+            some = self.recipe[min(number, 1 if number < GLOBAL_VIEWS else 2)]
+            if self.augment == "reddino":  # RedDino: four different ones, each with its p
+                some = python_rng.sample(TRANSFORMS, TRANSFORMS_PER_VIEW) + FLIPS
             view = tile
             for transform in (crop, *some):
                 transform.set_random_state(rng, python_rng)
                 view = transform(image=view)["image"]
-            if self.augment in ("reddino", "none"):
-                view = flipped(view, rng)
             if view.ndim == 2:  # grey slices travel as one channel
-                view = np.stack([view] * 3, 2)
+                view = np.dstack([view] * 3)
             views.append(np.ascontiguousarray(view.transpose(2, 0, 1)))  # [3, size, size]
         local = np.array(views[GLOBAL_VIEWS:], np.uint8).reshape(self.local_shape)
         return np.stack(views[:GLOBAL_VIEWS]), local
-
-def flipped(view, rng):
-    """RedDino: a smear has no up or left; the release flips and turns with 0.85, not 0.5."""
-    if rng.random() < P:
-        view = view[:, ::-1]
-    if rng.random() < P:
-        view = view[::-1]
-    if rng.random() < P:
-        view = np.rot90(view, rng.integers(4))
-    return view
 
 # --------------------------------------------------------------------------------------------------
 # Batches. Sample n of a run is number n % length of a shuffle of epoch n // length: each tile once
@@ -804,8 +716,7 @@ def flipped(view, rng):
 
 def mask_ratios(seed: int, step: int, views: int) -> np.ndarray:
     """Share of patches to mask in each of a step's global views, [views]: 0 for a random half, the
-    others spread evenly over 0.1 to 0.5 (iBOT, DINOv2), so that each batch holds easy and hard
-    ones."""
+    others spread evenly over 0.1 to 0.5, so that each batch holds easy and hard ones."""
     rng = np.random.default_rng((seed, step, 2))  # 2: a stream of its own
     ratios, masked = np.zeros(views), views // 2
     spread = (np.arange(masked) + rng.random(masked)) / max(masked, 1)
@@ -816,7 +727,7 @@ def block_mask(rng: np.random.Generator, height: int, width: int, ratio: float) 
     """bool [height, width] with about ratio*height*width patches set, in rectangles (BEiT, Bao et
     al. 2021): single patches could be filled in from their neighbours. A rectangle has 4 patches to
     what is left, aspect ratio log-uniform in 0.3 to 1/0.3, and never adds more than is left; after
-    10 rectangles that don't fit it's enough."""
+    10 that don't fit it's enough."""
     mask, left = np.zeros((height, width), bool), int(ratio * height * width)
     misses = 0
     while left > 0 and misses < 10:
@@ -835,15 +746,14 @@ def block_mask(rng: np.random.Generator, height: int, width: int, ratio: float) 
 
 class Draws:
     """Batch sampler: for each of `steps`, this process's share of a batch of `batch` as (epoch,
-    tile, mask ratios)."""
+    tile, mask ratios). balance: the folders take turns."""
 
     def __init__(self, tiles, steps, batch, seed, balance=False, rank=0, world=1, mix=0):
-        self.tiles, self.steps, self.batch, self.seed = tiles, steps, batch, seed
-        self.rank, self.world, self.mix = rank, world, mix
-        self.pools = [(0, len(tiles))]
-        if balance:  # the sources take turns
-            self.pools = [(first, last) for _, first, last in tiles.sources if last > first]
-        self.orders = {n: (0, self.order(n, 0)) for n in range(len(self.pools))}
+        self.tiles, self.steps, self.batch, self.seed, self.mix = tiles, steps, batch, seed, mix
+        self.slots = range(rank, batch, world)  # so that each gets its share of each mask ratio
+        sources = tiles.sources if balance else [("", 0, len(tiles))]
+        self.pools = [(first, last) for _, first, last in sources if last > first]
+        self.order = functools.lru_cache(2 * len(self.pools))(self.order)  # of epoch 0 and today's
 
     def order(self, pool, epoch):
         rng = np.random.default_rng((self.seed, epoch, pool, 1))  # 1: a stream of its own
@@ -852,23 +762,19 @@ class Draws:
     def draw(self, sample):
         """Epoch and tile of a sample of the run."""
         turn, pool = divmod(sample, len(self.pools))
-        epoch, place = divmod(turn, len(self.orders[pool][1]))
-        if self.orders[pool][0] != epoch:
-            self.orders[pool] = epoch, self.order(pool, epoch)
-        return epoch, int(self.orders[pool][1][place])
+        epoch, place = divmod(turn, len(self.order(pool, 0)))
+        return epoch, int(self.order(pool, epoch)[place])
 
     def __iter__(self):
         for step in self.steps:
             ratios = mask_ratios(self.seed, step, GLOBAL_VIEWS * self.batch)
             ratios = ratios.reshape(self.batch, GLOBAL_VIEWS)
-            # interleaved, so that each process gets its share of each mask ratio
             yield [(*self.draw(step * self.batch + slot), tuple(ratios[slot]))
-                   for slot in range(self.rank, self.batch, self.world)]
+                   for slot in self.slots]
 
 class Views:
     """views[epoch, tile, mask ratios]: crops as MultiCrop's, bool masks [G, grid * grid], number of
-    the tile, and {path: reason} of the files that could not be read on the way. UserError where no
-    tile of 20 could."""
+    the tile, and {path: reason} of what could not be read. UserError where no tile of 20 could."""
 
     def __init__(self, tiles, crop, grid, seed):
         self.tiles, self.crop, self.grid, self.seed = tiles, crop, grid, seed
@@ -879,31 +785,25 @@ class Views:
         for _ in range(20):
             try:
                 tile = self.tiles[index]
-                break
             except BadImage as bad:  # another takes its place, the same in each repetition
-                faults[bad.path] = bad.reason
+                last, faults[bad.path] = bad, bad.reason
                 index = int(rng.integers(len(self.tiles)))
-        else:
-            last = BadImage(*list(faults.items())[-1])
-            raise UserError(f"20 images in a row can't be read, the last is {last}; is the folder "
-                            "still there?")
-        views = self.crop(tile, rng)
-        masks = [block_mask(rng, self.grid, self.grid, ratio).ravel() for ratio in ratios]
-        return *views, np.stack(masks), index, faults
+                continue
+            views = self.crop(tile, rng)
+            masks = [block_mask(rng, self.grid, self.grid, ratio).ravel() for ratio in ratios]
+            return *views, np.stack(masks), index, faults
+        raise UserError(f"20 images in a row can't be read, is the folder still there? {last}")
 
 def collate(samples):
     """Samples to a batch, images first: [B, G, 3, S, S], [B, L, 3, s, s], [B, G, N], tiles, faults.
-    numpy's, for they are pickled through a pipe: torch's tensors would go through /dev/shm, of
-    which Docker gives 64 MB."""
+    numpy's go through a pipe, torch's through /dev/shm, of which Docker gives 64 MB."""
     *views, indices, faults = zip(*samples)
-    every = {path: reason for one in faults for path, reason in one.items()}
-    return *map(np.stack, views), list(indices), every
+    return *map(np.stack, views), list(indices), dict(ChainMap(*faults))
 
 def worker_init(_):
     """A worker leaves signals to its parent, which finishes its step, and computes on one core."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):  # Windows has no SIGHUP
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
     torch.set_num_threads(1)
 
 LOADER_TIMEOUT = 300  # seconds without a batch; one takes a second or so
@@ -911,8 +811,7 @@ LOADER_TIMEOUT = 300  # seconds without a batch; one takes a second or so
 def batches(cfg, tiles, start, patch_size, rank, world, workers, pin):
     """This process's batches (see collate) as tensors, from step `start` on, as reddino.Config
     says; None once a second while there is none yet. A generator, whose end is that of its
-    `workers`. patch_size: of a token, on whose grid the masks lie; pin: for a GPU. UserError when a
-    loading process is gone or stands still."""
+    `workers`. patch_size: of a token, on whose grid the masks lie; pin: for a GPU."""
     crop = MultiCrop(cfg.augment, cfg.global_size, cfg.local_size, cfg.local_crops,
                      cfg.global_scale, cfg.window)
     draws = Draws(tiles, range(start, cfg.iters), cfg.batch_size, cfg.seed, cfg.balance, rank,
@@ -920,45 +819,59 @@ def batches(cfg, tiles, start, patch_size, rank, world, workers, pin):
     loader = torch.utils.data.DataLoader(
         Views(tiles, crop, cfg.global_size // patch_size, cfg.seed), batch_sampler=draws,
         collate_fn=collate, num_workers=workers, worker_init_fn=worker_init,
-        prefetch_factor=4 if workers else None)
-    if not workers:
-        for arrays in loader:
-            yield as_tensors(arrays, pin)
-        return
-    pool = ThreadPoolExecutor(1)  # in a thread of its own: in the main one DataLoader would raise
-    try:  # from a signal's handler, wherever that is
-        iterator = pool.submit(iter, loader).result()
-        while True:
-            batch, waited = pool.submit(next, iterator, None), 0
-            while not batch.done() and waited < LOADER_TIMEOUT:
+        prefetch_factor=4 if workers else None, generator=torch.Generator())
+    for batch in from_workers(loader, len(draws.steps)) if workers else loader:
+        if batch is not None:
+            *views, indices, faults = batch
+            views = [torch.from_numpy(array) for array in views]
+            batch = *[view.pin_memory() if pin else view for view in views], indices, faults
+        yield batch
+
+def from_workers(loader, steps):
+    """The loader's batches; None once a second while there is none yet; UserError when a loading
+    process is gone or stands still. A thread fetches them: in the main one DataLoader raises from
+    signal handlers, wherever that is, and waits for ever for the rest of a dead sender's batch."""
+    ready, closed, workers = queue.Queue(1), threading.Event(), set()
+    others = set(multiprocessing.active_children())
+
+    def fetch():
+        try:
+            for batch in loader:
+                ready.put(batch)
+                if closed.is_set():
+                    return
+        except Exception as error:
+            ready.put(error)
+
+    threading.Thread(target=fetch, daemon=True).start()
+    try:
+        for _ in range(steps):
+            batch, waited = None, 0
+            while batch is None:
                 try:
-                    batch.result(timeout=1)
-                except NothingYet:
+                    batch = ready.get(timeout=1)
+                except queue.Empty:
                     waited += 1
                     yield None
-            if waited == LOADER_TIMEOUT:
-                raise UserError(f"the loading processes gave nothing for {waited} s: a file that "
-                                "takes for ever, or a stopped process; --workers 0 shows which")
-            arrays = batch.result()
-            if arrays is None:
-                return
-            yield as_tensors(arrays, pin)
-    except RuntimeError as error:
-        if "worker" not in str(error):
-            raise
-        raise UserError("a loading process was killed, most likely for want of memory: fewer "
-                        "--workers (0: none), a larger machine, or docker run --ipc=host") from None
+                workers |= set(multiprocessing.active_children()) - others
+                if any(worker.exitcode for worker in workers):
+                    raise UserError("a loading process was killed: for want of memory? Fewer "
+                                    "--workers, a larger machine, or docker run --ipc=host")
+                if waited == LOADER_TIMEOUT:
+                    raise UserError(f"no batch for {waited} s: a file that takes for ever, or a "
+                                    "stopped process; --workers 0 shows which")
+            if isinstance(batch, UserError):  # whose text DataLoader puts behind a traceback
+                raise UserError(str(batch).rpartition("UserError: ")[2].strip())
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch
     finally:
-        for worker in multiprocessing.active_children():  # or the thread would wait for them
+        closed.set()
+        for worker in set(multiprocessing.active_children()) - others:
             worker.kill()
-        pool.shutdown(wait=False, cancel_futures=True)
-
-def as_tensors(arrays, pin):
-    *views, indices, faults = arrays
-    tensors = [torch.from_numpy(array) for array in views]
-    if pin:
-        tensors = [tensor.pin_memory() for tensor in tensors]
-    return *tensors, indices, faults
+            worker.join(5)  # until then it holds files of ours, a lock among them
+        if not ready.empty():
+            ready.get()  # or the thread would wait for ever
 
 def normalise(views, device, dtype):
     """uint8 crops to the device (a quarter of the bytes of floats), and there to ImageNet's mean 0
