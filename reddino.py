@@ -96,7 +96,8 @@ class Config:
     # the optimiser
     iters: int = opt(19500, "optimiser steps (RedDino S: 10 x 1,950)", low=1)
     batch_size: int = opt(560, "images a step, over all processes (RedDino S: 2 GPUs x 280)", low=1)
-    accumulate: int = opt(1, "micro-batches a step: less memory, same result (but KoLeo, nano's head)", low=1)
+    accumulate: int = opt(1, "micro-batches a step: less memory, same result (but KoLeo's, nano's)",
+                          low=1)
     lr: float = opt(2e-4, "peak, at batch 1024; scaled by a square root (RedDino, DINOv2 long)")
     warmup: float = opt(0.01, "share in which lr rises (RedDino; DINOv2: 0.1, 0.16)", high=1)
     weight_decay_end: float = opt(0.2, "after 0.04 at first (RedDino, DINOv2 long; short: 0.4)")
@@ -669,8 +670,8 @@ def cross_entropy(head: DINOHead, tokens: Tensor, targets: Tensor, weights: Tens
 def dino_loss(head: DINOHead, cls: Tensor, local_cls: Tensor, targets: Tensor) -> Tensor:
     """Class-token loss: each student view, global [B, G, D] or local [B, L, D], against each
     teacher view [B, G, K] but its own, averaged over pairs. Cross-entropy is linear in the targets,
-    so they are added up first. (Without local views DINOv2, whose loader fails then, would divide by
-    3, not 2.)"""
+    so they are added up first. (Without local views DINOv2, whose loader fails then, would divide
+    by 3, not 2.)"""
     B, G, L = *targets.shape[:2], local_cls.shape[1]
     others = 1 - torch.eye(G, device=targets.device, dtype=targets.dtype)  # [G, G]
     answers = torch.einsum("uv,bvk->buk", others, targets)  # [B, G, K]
@@ -1329,7 +1330,7 @@ def demo(cfg: Config):
                 smears.draw(out / "unseen", 60, 2 * cfg.seed + 1)]
 
     seen, unseen = from_rank_0(draw)
-    backbone = train(dataclasses.replace(cfg, data=[str(Path(seen).parent)]))
+    backbone = train(dataclasses.replace(cfg, data=[str(Path(seen).parent / "smears")]))
     if rank == 0:
         torch.manual_seed(cfg.seed)
         write_aside(out / "untrained.pth", DINO(cfg).teacher["backbone"].state_dict())

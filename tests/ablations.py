@@ -35,6 +35,7 @@ import reddino
 
 LINES = Path(__file__).with_suffix(".jsonl")
 NEVER_SEEN = 3  # of five blocks of smears, by number: see block
+CROP = 56  # side of the square around a cell, in training and in judging
 
 # The base is the preset of nano, on single cells. Below, what each run changes.
 BASE = dict(arch="nano", unit="cells")
@@ -44,14 +45,14 @@ RUNS = {
     "moving-average centering": dict(centering="moving-average"),
     "32 transforms": dict(augment="reddino"),
     "DINOv2's transforms": dict(augment="dinov2"),
-    "80-pixel tiles": dict(unit="tiles"),
+    "56-pixel tiles": dict(unit="tiles"),
     "224-pixel tiles": dict(unit="tiles", tile_size=224, global_size=64),
     "4 local views": dict(local_crops=4),
     "no patch-token loss": dict(ibot=0),
 }
 
 # Beside each with the base, whose transforms are a third list (`--augment none`: no list).
-PAIRS = (("32 transforms", "DINOv2's transforms"), ("224-pixel tiles", "80-pixel tiles"))
+PAIRS = (("32 transforms", "DINOv2's transforms"), ("224-pixel tiles", "56-pixel tiles"))
 FREE = ("pixels", "colour")  # no training, no seed
 
 
@@ -93,7 +94,7 @@ def f1_of(cells: ev.Cells, test: np.ndarray, guess: np.ndarray) -> float:
 def score(weights: str, cells: ev.Cells, train: np.ndarray, test: np.ndarray) -> dict:
     """Weighted F1 of 20-NN and of the linear probe, and their guesses, a letter a cell."""
     backbone = ev.load_backbone(weights, None, "cpu")
-    x = ev.embed(weights, backbone, cells, 80, None, ev.quiet)
+    x = ev.embed(weights, backbone, cells, CROP, None, ev.quiet)
     y, n, found = torch.from_numpy(cells.label), len(cells.classes), {}
     probs = {"20-NN": ev.knn(x[train], y[train], x[test], 20, n)}
     probs["linear"] = ev.tuned_probe(x[train], y[train], x[test], cells.group[train], n)
@@ -204,7 +205,7 @@ def table(lines: list[dict], cells: ev.Cells, test: np.ndarray):
 
 
 def supervised(x, y, test_x, classes: int, seed: int, steps: int) -> np.ndarray:
-    """What a nano says that learns from labels alone. x, test_x: crops, uint8 [n, 3, 80, 80]; y:
+    """What a nano says that learns from labels alone. x, test_x: crops, uint8 [n, 3, h, w]; y:
     int [n]; answers int [m]."""
     torch.manual_seed(seed)
     net = torch.nn.Sequential(reddino.build_vit("nano", 40), torch.nn.Linear(128, classes))
@@ -229,11 +230,11 @@ def supervised(x, y, test_x, classes: int, seed: int, steps: int) -> np.ndarray:
         return torch.cat([net(small(part)).argmax(1) for part in test_x.split(256)]).numpy()
 
 
-def few(weights: list[str], cells: ev.Cells, train: np.ndarray, test: np.ndarray):
+def few(weights: list[str], draws: int, cells: ev.Cells, train: np.ndarray, test: np.ndarray):
     """Prints the weighted F1 on the smears never seen that comes of the labels of 10 cells a class
-    (mean and deviation of three draws), and of all: by a nano that learns from labels alone, and by
+    (mean and deviation of --draws draws), and of all: by a nano that learns from labels alone, and by
     linear probes on what backbones say."""
-    crops = torch.cat(list(ev.crops_of(cells, 80, 80)))
+    crops = torch.cat(list(ev.crops_of(cells, CROP, CROP)))
     y, n = torch.from_numpy(cells.label), len(cells.classes)
     features = {}
     for w in weights:
@@ -246,7 +247,7 @@ def few(weights: list[str], cells: ev.Cells, train: np.ndarray, test: np.ndarray
     for w, x in features.items():
         probs = ev.tuned_probe(x[train], y[train], x[test], cells.group[train], n)
         by[w] = [f1(probs.argmax(1).numpy())]
-    for seed in range(3):
+    for seed in range(draws):
         drawn = np.random.default_rng(seed).permutation(train)
         ten = np.concatenate([drawn[cells.label[drawn] == c][:10] for c in range(n)])
         by["supervised"].append(f1(supervised(crops[ten], y[ten], crops[test], n, seed, 500)))
@@ -321,12 +322,13 @@ def main():
     add = parser.add_argument
     add("--chula", type=Path, required=True)
     add("--out", type=Path, default=ROOT / "out" / "ablations", help="folder for the runs")
-    add("--iters", type=int, default=2000, help="steps of each run (default: %(default)s)")
+    add("--iters", type=int, default=1000, help="steps of each run (default: %(default)s)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--runs", nargs="+", choices=RUNS, default=list(RUNS))
     add("--jobs", type=int, default=1, help="runs at a time, a core each")
     add("--table", action="store_true", help="print what is there")
     add("--few", nargs="+", metavar="WEIGHTS", help="what backbones and labels are worth")
+    add("--draws", type=int, default=20, help="of ten labels a class (default: %(default)s)")
     args = parser.parse_args()
     args.out = args.out.resolve()
     torch.set_num_threads(1)
@@ -339,7 +341,7 @@ def main():
         if args.table:
             table(done, cells, parts[1])
         elif args.few:
-            few(args.few, cells, *parts)
+            few(args.few, args.draws, cells, *parts)
         else:
             all_runs(args, smears, cells, parts, done)
     except (OSError, RuntimeError, ev.UserError) as error:
