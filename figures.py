@@ -1,4 +1,4 @@
-"""All that is drawn: eval.py's figures, the demo's and the course's, the gallery of transforms.
+"""All that is drawn: eval.py's figures, the demo's, the gallery of transforms.
 
     python figures.py SMEAR.jpg -o gallery.png --seed 0     every transform by name on that image
     python figures.py SLICE.npy --augment ct --window 40 400
@@ -35,7 +35,6 @@ from augment import (
 from eval import (
     DRAWS,
     SHOTS,
-    Cells,
     VisionTransformer,
     crops_of,
     extract_features,
@@ -48,7 +47,7 @@ from eval import (
 COLOURS = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#000000"]
 MARKS = list(zip("oXs*^PvD" * 7, COLOURS * 8))  # 56 different ones
 
-def figure_of(draw, *given, **options) -> Figure:
+def figure_of(draw, *given, **options):
     """What draw(figure, ...) draws; a notebook shows it: figure_of(tiles, [images], [captions])."""
     figure = Figure(layout="constrained")
     with matplotlib.rc_context({"text.parse_math": False}):  # a label may hold a $
@@ -65,8 +64,7 @@ def save(path, draw, *given, log=print):
 # --------------------------------------------------------------------------------------------------
 # eval.py's figures.
 
-def draw_figures(folder, results: dict, features: dict, backbones: dict, cells: Cells, seed: int,
-                 log=print):
+def draw_figures(folder, results, features, backbones, cells, seed, log=print):
     """PNGs in `folder`: few-shot curves; of each backbone confusion, a map of cells, a smear."""
     def draw(title, function, *given):
         name = re.sub(r"\W+", "_", title)[-100:]
@@ -76,28 +74,29 @@ def draw_figures(folder, results: dict, features: dict, backbones: dict, cells: 
         draw("few-shot", few_shot_curves, results["rows"])
     for label, backbone in backbones.items():
         own = [row for row in results["rows"] if row["weights"] == label and "confusion" in row]
+        own = [row for row in own if not row["protocol"].startswith("study")]
         if own:
             draw(f"confusion {label}", confusion_matrix, own[-1], cells.classes)
         draw(f"map {label}", maps, label, features[label].numpy(), cells, seed)
         if isinstance(backbone, VisionTransformer):
             draw(f"smear {label}", smear_panels, label, backbone, cells, results["crop"])
 
-def few_shot_curves(figure, rows: list[dict]):
+def few_shot_curves(figure, rows):
     axes, points = figure.subplots(), {}
     for row in rows:
         if "shots" in row:
-            point = row["shots"], 100 * row["weighted_f1"], 100 * row["deviation"]["weighted_f1"]
+            point = row["shots"], row["weighted_f1"], *row["interval"]["weighted_f1"]
             points.setdefault(row["weights"], []).append(point)
     for (label, own), (marker, colour) in zip(points.items(), MARKS):
-        n, mean, deviation = np.array(own).T
-        axes.semilogx(n, mean, label=printable(label, 40), marker=marker, color=colour)
-        axes.fill_between(n, mean - deviation, mean + deviation, alpha=0.15, color=colour)
+        n, mean, low, high = np.array(own).T
+        axes.semilogx(n, 100 * mean, label=printable(label, 40), marker=marker, color=colour)
+        axes.fill_between(n, 100 * low, 100 * high, alpha=0.15, color=colour)
     axes.minorticks_off()
     axes.set(xticks=SHOTS, xticklabels=SHOTS, xlabel="labelled cells of each class")
-    axes.set(ylabel="weighted F1, %", title=f"Few-shot: mean, deviation of {DRAWS} linear probes")
+    axes.set(ylabel="weighted F1, %", title=f"Few-shot: mean, 95% of {DRAWS} linear probes")
     axes.legend()
 
-def confusion_matrix(figure, row: dict, classes: list[str]):
+def confusion_matrix(figure, row, classes):
     counts, names = np.array(row["confusion"]), [printable(c, 30) for c in classes]
     share, side = counts / counts.sum(1, keepdims=True).clip(1), 3.5 + min(0.45 * len(names), 90)
     figure.set_size_inches(side + 0.5, side)
@@ -112,7 +111,7 @@ def confusion_matrix(figure, row: dict, classes: list[str]):
     axes.set(xlabel="predicted", ylabel="true")
     figure.suptitle(f"{printable(row['weights'])}: {row['protocol']}, {row['split']}", size=10)
 
-def maps(figure, label: str, x: np.ndarray, cells: Cells, seed: int):
+def maps(figure, label, x, cells, seed):
     """Up to 3,000 cells in two dimensions: PCA, which keeps distances, and where scikit-learn is
     installed t-SNE, which keeps neighbours; coloured by class and, beside it, by source."""
     some, by = np.random.default_rng(seed).permutation(len(x))[:3000], {}
@@ -133,13 +132,13 @@ def maps(figure, label: str, x: np.ndarray, cells: Cells, seed: int):
         axes.set(title=title, xticks=[], yticks=[])
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2)
 
-def principal(x: np.ndarray, n: int) -> np.ndarray:
+def principal(x, n):
     """The first n principal components of [N, D], [N, n]."""
     u, s, _ = np.linalg.svd(x - x.mean(0), full_matrices=False)
     return u[:, :n] * s[:n]
 
 @torch.inference_mode()
-def smear(backbone: VisionTransformer, image: np.ndarray, crop: int | None = None) -> dict:
+def smear(backbone, image, crop=None):
     """Pictures by name: an image [H, W, 3] (1,024 pixels of it: a slide would take hours), three
     principal components of its patch tokens as colours [h, w, 3], the class token's attention in
     the last block by head [h, w]. crop: shrink it as squares of this side are for scores."""
@@ -161,11 +160,11 @@ def smear(backbone: VisionTransformer, image: np.ndarray, crop: int | None = Non
         pictures[name] = head.reshape(rows, columns)
     return pictures
 
-def smear_panels(figure, label: str, backbone, cells: Cells, crop: int):
+def smear_panels(figure, label, backbone, cells, crop):
     image = read_image(cells.files[0], window=cells.window)
     panels(figure, f"{label}: {os.path.basename(cells.files[0])}", smear(backbone, image, crop))
 
-def panels(figure, title: str, pictures: dict[str, np.ndarray], wide: int = 2):
+def panels(figure, title, pictures, wide=2):
     high, (height, width) = math.ceil(len(pictures) / wide), next(iter(pictures.values())).shape[:2]
     figure.set_size_inches(11, 0.8 + 11 / wide * high * height / width)
     figure.suptitle(printable(title, 100))
@@ -176,7 +175,7 @@ def panels(figure, title: str, pictures: dict[str, np.ndarray], wide: int = 2):
 # --------------------------------------------------------------------------------------------------
 # The demo and the course: what training changed.
 
-def tiles(figure, rows: list[list], captions=(), frames=(), size: float = 0.75) -> np.ndarray:
+def tiles(figure, rows, captions=(), frames=(), size=0.75):
     """Images, uint8 [H, W] or [H, W, 3], in rows (None: a gap) with captions or none; frames
     {(row, column): right or not} are thick blue or dotted orange. Returns the axes."""
     columns, high = max(map(len, rows)), size * (1.25 if captions else 1)
@@ -194,36 +193,34 @@ def tiles(figure, rows: list[list], captions=(), frames=(), size: float = 0.75) 
                                color=COLOURS[0] if right else COLOURS[4], capstyle="butt")
     return grid
 
-def neighbours(x: torch.Tensor, query: int, group: np.ndarray, k: int = 8) -> np.ndarray:
+def neighbours(x, query, group, k=8):
     """The k cells of other groups nearest to one, by cosine of features [n, D]."""
     cosine = torch.cosine_similarity(x, x[query:query + 1])
     cosine[torch.from_numpy(group == group[query])] = -2
     return cosine.topk(k).indices.numpy()
 
-def neighbour_rows(figure, cells: Cells, crops: np.ndarray, features: dict, seed=0, k=8):
-    """A row for each class, at most 12: a cell, and its nearest neighbours by each of features."""
-    rng, rows, frames = np.random.default_rng(seed), [], {}
-    for r, c in enumerate(range(min(len(cells.classes), 12))):
-        query = rng.choice(np.flatnonzero(cells.label == c))
-        rows.append([crops[query]])
-        for x in features.values():
-            rows[r].append(None)
-            for n in neighbours(x, int(query), cells.group, k):
-                frames[r, len(rows[r])] = bool(cells.label[n] == c)
-                rows[r].append(crops[n])
-    grid = tiles(figure, rows, frames=frames)
-    for axes, name in zip(grid[:, 0], cells.classes):
-        axes.set_ylabel(printable(name, 20), rotation=0, ha="right", va="center", size=8)
-    for i, name in enumerate(features):
-        here = range(2 + i * (k + 1), 2 + i * (k + 1) + k)
-        right = np.mean([frame for (_, c), frame in frames.items() if c in here])
-        grid[0, here[k // 2]].set_title(f"{name}: {100 * right:.0f}% of its class", size=9)
-    figure.suptitle(f"A cell's nearest neighbours among those of other {cells.by}s. Frame: thick "
-                    "blue, of the same class; dotted orange, of another", size=10)
+def neighbour_rows(figure, cells, crops, features, seed=0, k=8):
+    """Of at most 5 classes a cell and, a row for each of features, its nearest neighbours."""
+    rng, rows, frames, names = np.random.default_rng(seed), [], {}, []
+    for c in range(len(cells.classes))[:5]:
+        query = int(rng.choice(np.flatnonzero(cells.label == c)))
+        for i, (name, x) in enumerate(features.items()):
+            near = neighbours(x, query, cells.group, k)
+            right = cells.label[near] == c
+            frames |= {(len(rows), 1 + j): bool(right[j]) for j in range(len(near))}
+            rows.append([None if i else crops[query], *crops[near]])
+            names.append(f"{name}:\n{right.sum()} of {len(near)} {cells.classes[c]}")
+    grid = tiles(figure, rows, frames=frames, size=0.8)
+    for axes, name in zip(grid[:, -1], names):
+        axes.yaxis.set_label_position("right")
+        axes.set_ylabel(printable(name.replace("\n", " "), 45).replace(": ", ":\n", 1), rotation=0,
+                        ha="left", va="center", size=11)
+    figure.suptitle(f"A cell, and its nearest among other {cells.by}s' cells.\nFrame: thick blue, "
+                    "of its class; dotted orange, of another", size=12)
 
 def curves(figure, path):
-    """Of a metrics.jsonl: the losses, smoothed, and the shares (0 to 1) that grow as it learns: how
-    often a view finds its partner among 64, and the scores of --eval-data where there are any."""
+    """Of a metrics.jsonl: losses, smoothed; and what grows, 0 to 1: how often a view finds its
+    partner among 64, and the scores of --eval-data where there are any."""
     lines = [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
     figure.set_size_inches(9, 3.6)
     losses, shares = figure.subplots(1, 2)
@@ -245,7 +242,7 @@ def curves(figure, path):
         if on.lines:
             on.legend()
 
-def demo_figures(out, table, untrained, trained, crop: int = 80, device="auto", log=print) -> list:
+def demo_figures(out, table, untrained, trained, crop=80, device="auto", log=print):
     """neighbours.png, tokens.png and, of OUT/metrics.jsonl, curves.png in OUT/scores: their paths.
     table: labelled cells that training has not seen; untrained, trained: as --weights."""
     out, cells = Path(out), read_cells(str(table))
@@ -267,7 +264,7 @@ def demo_figures(out, table, untrained, trained, crop: int = 80, device="auto", 
 # --------------------------------------------------------------------------------------------------
 # The gallery of transforms.
 
-def gallery(figure, tile: np.ndarray, recipe: str = "reddino", seed: int = 0, window=None):
+def gallery(figure, tile, recipe="reddino", seed=0, window=None):
     """Every transform by name on a tile [h, w, 3] (or values [h, w]), a row for each group."""
     def shown(image):
         return image if image.dtype == np.uint8 else apply_window(image, *window or (40, 400))
@@ -289,7 +286,7 @@ def gallery(figure, tile: np.ndarray, recipe: str = "reddino", seed: int = 0, wi
         axes.set_title(title, size=9, loc="left")
     figure.suptitle(f"--augment {recipe}, seed {seed}: every pixel transform by name")
 
-def main(argv: list[str] | None = None):
+def main(argv=None):
     parser = argparse.ArgumentParser(description="Draw every transform by name on an image.")
     parser.add_argument("image")
     parser.add_argument("-o", "--out", default="gallery.png")
