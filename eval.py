@@ -6,15 +6,16 @@
            xmin, xmax, ymin, ymax; if known, group (patient), source (hospital, stain), split
            (train, test, val), study_label (of a whole group), slice (an image's place in it). Or
            folders: CLASS/*.png, or train/CLASS/*.png and test/CLASS/*.png.
---weights  files of ours, DINOv2, RedDino, timm; dinov2_vits14, hf_hub:OWNER/NAME, resnet50; and
-           to compare with: random, an untrained network of the first one's shape, or nano's;
-           pixels, 16 x 16; colour, a histogram: who scores like it detects stains.
+--weights  files of ours, DINOv2, RedDino, timm; dinov2_vits14, hf_hub:OWNER/NAME, resnet50; and to
+           compare with: random, an untrained network of the same shape; pixels, 16 x 16; colour, a
+           histogram: who scores like it detects stains.
 
 Why frozen: a small classifier can only use what is there, so the score is the backbone's own. Why
 groups: cells of a smear share stain, focus and patient. So a group (or image) is never on both
 sides; and as its cells err together, 95% intervals come from drawing groups anew.
 """
 import argparse
+import contextlib
 import copy
 import csv
 import hashlib
@@ -37,28 +38,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import pad_sequence
 
-from augment import (
-    MEAN,
-    STD,
-    BadImage,
-    UserError,
-    check_window,
-    dicom_group,
-    file_and_frame,
-    find_images,
-    normalise,
-    read_image,
-)
-from reddino import (
-    DINOV2,
-    VisionTransformer,
-    build_vit,
-    choose_device,
-    configure,
-    read_backbone,
-    vit_from_state,
-    write_aside,
-)
+import augment
+import reddino
+from augment import MEAN, STD, BadImage, UserError
 
 PROTOCOLS = ("knn", "linear", "fewshot")  # what is done by default
 CHOICES = {*PROTOCOLS, "study", "full", "head", "lora", "cls", "cls+mean"}
@@ -85,12 +67,12 @@ class Cells:
     centre: np.ndarray  # [n, 2]: x, y in pixels; NaN: the image is the cell
     label: np.ndarray  # index into classes
     classes: list[str]
-    image: np.ndarray  # the same number: of files with the same pixels
+    image: np.ndarray  # the same number: the same pixels
     group: np.ndarray  # the same number: stay together
-    by: str = "image"  # what a group is: also "group", the table's, or "patient", of DICOM files
+    by: str = "image"  # what groups are: images, patients (of DICOM), or the table's "group"
     source: np.ndarray | None = None  # index into sources
     sources: list | tuple = ()
-    split: np.ndarray | None = None  # "train" or "test"
+    split: np.ndarray | None = None  # "train", "test" or neither
     study: np.ndarray | None = None  # index of study_label
     place: np.ndarray | None = None  # grows along the slices of a group
     skipped: dict | None = None  # files that can't be read: why
@@ -115,24 +97,23 @@ def csv_rows(path, log):
     where = next((some for some in (CENTRE, BOX) if set(some) & set(names)), ())
     corner = where == CENTRE and {"width", "height"} <= set(names)
     if corner or any(names.count(name) != 1 for name in ("image", "label", *where)):
-        raise UserError(f"{path} has the columns {', '.join(names)}. It needs, between commas, each "
-                        "once: image, label and, of cells in images, x, y (the centre; without "
+        raise UserError(f"{path} has the columns {', '.join(names)}. It needs, between commas and "
+                        "once: image, label; of cells in images also x, y (the centre; without "
                         "width, height) or xmin, xmax, ymin, ymax")
     if unused := [name for name in names if name not in COLUMNS]:
         log(f"{path}: columns not used: {', '.join(unused)}")
     rows = []
     for number, values in lines:
         row = dict(zip(names, map(str.strip, values)))
-        wrong = [f"{k} is {v!r}" for k, v in row.items()
-                 if not re.fullmatch(COLUMNS.get(k, ".*"), v, re.S | re.I)]
         image = os.path.join(os.path.dirname(path), row["image"])
         image = image if os.path.lexists(image) else image.replace("\\", "/")  # a path from Windows
-        if not os.path.lexists(file_and_frame(image)[0]):
-            wrong.append(f"image {image} is not there")
+        wrong = [f"{k} is {v!r}" for k, v in row.items()
+                 if not re.fullmatch(COLUMNS.get(k, ".*"), v, re.S | re.I)]
         if len(values) < len(names) or any(values[len(names):]):
             wrong = ["more or fewer values than names; a value with a comma stands in quotes"]
-        if wrong:
-            raise UserError(f"{path}, line {number}: {wrong[0]}")
+        if wrong or not os.path.lexists(augment.file_and_frame(image)[0]):
+            why = wrong[0] if wrong else f"image {image} is not there"
+            raise UserError(f"{path}, line {number}: {why}")
         place = np.array([row[name] for name in where] or [math.nan, math.nan], float)
         rows.append(row | {"image": image, "centre": place.reshape(2, -1).mean(1).tolist()})
     return rows
@@ -151,18 +132,18 @@ def folder_rows(data, log):
     for part in parts:
         row = {"centre": [math.nan, math.nan]} | ({"split": part} if part else {})
         for label in folders(data, part):
-            images = find_images(os.path.join(data, part, label))
+            images = augment.find_images(os.path.join(data, part, label))
             rows += [row | {"label": label, "image": image} for image in images]
     return rows
 
 def look(path, window):
     """What to know of an image, or the BadImage that it is."""
     try:
-        image = read_image(path, writable=False, window=window)
+        image = augment.read_image(path, writable=False, window=window)
     except BadImage as bad:
         return bad
     content = hashlib.sha256(f"{image.shape}".encode() + image.tobytes()).hexdigest()
-    return {"shape": image.shape[1::-1], "content": content, "patient": dicom_group(path)}
+    return {"shape": image.shape[1::-1], "content": content, "patient": augment.dicom_group(path)}
 
 def read_cells(data, drop_labels=(), window=None, log=quiet):
     """The labelled Cells of a CSV or of class folders; UserError for all that would make their
@@ -177,11 +158,12 @@ def read_cells(data, drop_labels=(), window=None, log=quiet):
     with ThreadPoolExecutor() as pool:
         looks = dict(zip(paths, pool.map(look, paths, itertools.repeat(window))))
     bad = {path: seen.reason for path, seen in looks.items() if isinstance(seen, BadImage)}
-    if bad:
-        log(f"{len(bad)} of {len(paths)} images can't be read, e.g. {BadImage(*min(bad.items()))}")
     rows = [row | looks[row["image"]] for row in rows if row["image"] not in bad]
-    if 2 * len(bad) > len(paths):
-        raise UserError(f"{data}: most images can't be read: {BadImage(*min(bad.items()))}")
+    if bad:
+        text = f"{len(bad)} of {len(paths)} images can't be read: {BadImage(*min(bad.items()))}"
+        log(text)
+        if 2 * len(bad) > len(paths):
+            raise UserError(text)
     if len({row["label"] for row in rows}) < 2:
         raise UserError(f"{data}: {len(rows)} cells, not of two classes; see --data in --help")
 
@@ -193,30 +175,26 @@ def read_cells(data, drop_labels=(), window=None, log=quiet):
         return (list(numbers), index) if len(index) == len(rows) else ([], None)
 
     (files, file), (classes, label), (sources, source) = map(column, ("image", "label", "source"))
-    groups = {name: column(name)[1] for name in ("group", "patient", "content")}
+    image, place, study = column("content")[1], column("slice", float)[1], column("study_label")[1]
+    groups = {"group": column("group")[1], "patient": column("patient")[1], "image": image}
     by = next(name for name, group in groups.items() if group is not None)
-    group, image, by = groups[by], groups["content"], by.replace("content", "image")
-    split = np.array([row["split"][:3].lower() for row in rows if "split" in row])
-    if {"tes", "val"} <= set(split):
-        log("cells whose split is val are left out")
-    split = np.where(split == "tra", "train", np.where(
-        split == ("tes" if "tes" in split else "val"), "test", split))
     centre, shape = (np.array([row[name] for row in rows]) for name in ("centre", "shape"))
     outside, counts = ((centre < 0) | (centre > shape)).any(1), np.bincount(label)
-    for wrong, why in (
-            (outside.any(), "{centre} is outside of {image}, of {shape} pixels".format(
-                **rows[outside.argmax()])),
+    split = [row["split"][:3].lower() for row in rows if "split" in row]
+    kinds = {"tra": "train", "tes" if "tes" in split else "val": "test"}
+    split = np.array([kinds.get(part, "") for part in split]) if split else None
+    first = rows[outside.argmax()]
+    for wrong, text in (
+            (outside.any(), "{centre} is outside of {image}, of {shape} pixels".format(**first)),
             (counts.min() < 2, f"class {classes[counts.argmin()]!r} has one cell, which can't be "
              "both learnt and tested; label more of it or leave it out with --drop-label"),
-            (not len(split) and len(set(group)) < 2, f"all cells are of one {by}, not to be split"),
+            (split is None and len(set(groups[by])) < 2, f"all cells are of one {by}"),
             (centre.max() <= 1, "x and y look like fractions of the image's size, not pixels")):
         if wrong:
-            raise UserError(f"{data}: {why}")
+            raise UserError(f"{data}: {text}")
     content = hashlib.sha256(repr([(row["content"], *row["centre"]) for row in rows]).encode())
-    place = column("slice", float)[1]
-    return Cells(files, file, centre, label, classes, image, group, by, source, sources,
-                 split if len(split) else None, column("study_label")[1],
-                 file if place is None else place, bad, content.hexdigest(), window)
+    return Cells(files, file, centre, label, classes, image, groups[by], by, source, sources, split,
+                 study, file if place is None else place, bad, content.hexdigest(), window)
 
 # --------------------------------------------------------------------------------------------------
 # Crops, and ways to split them. Threads decode the files, each once for all of its cells.
@@ -229,17 +207,16 @@ def resize(images, size):
 def cut(path, centres, crop, size, window=None):
     """The cells of a file at centres [k, 2]: uint8 [k, 3, side, side], side at most `size`; for NaN
     all of the file, its shape kept. Beyond the border the edge goes on: black would be a hint."""
-    image = torch.from_numpy(read_image(path, window=window)).permute(2, 0, 1)[None]
-    if np.isnan(centres).any():
-        high, wide = (max(1, round(n * size / max(image.shape))) for n in image.shape[2:])
-        image, crop = resize(image, (high, wide)), size
-        centres = np.full_like(centres, (wide // 2, high // 2))
+    image = torch.from_numpy(augment.read_image(path, window=window)).permute(2, 0, 1)[None]
+    high, wide = image.shape[2:]
+    whole = np.isnan(centres).any()
+    if whole:
+        crop, centres = max(high, wide), np.full_like(centres, (wide // 2, high // 2))
     cells = []
     for x, y in np.rint(centres).astype(int) - crop // 2:
-        rows = torch.arange(y, y + crop).clamp(0, image.shape[2] - 1)
-        columns = torch.arange(x, x + crop).clamp(0, image.shape[3] - 1)
-        cell = image[:, :, rows[:, None], columns]
-        cells.append(cell if crop <= size else resize(cell, (size, size)))
+        rows = torch.arange(y, y + crop).clamp(0, high - 1)
+        cell = image[:, :, rows[:, None], torch.arange(x, x + crop).clamp(0, wide - 1)]
+        cells.append(resize(cell, (size, size)) if whole or crop > size else cell)
     return torch.cat(cells)
 
 def crops_of(cells, crop, size):
@@ -257,8 +234,8 @@ def network_input(images, size, device):
     """uint8 [B, 3, H, W] to float32 [B, 3, *size], normalised as DINOv2's weights expect."""
     if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
         raise UserError(f"images have to be uint8 (0 to 255) [B, 3, H, W], not {images.dtype} "
-                        f"{list(images.shape)}; floats in 0..1: (255 * x).round().byte()")
-    return normalise(resize(images, size), device, torch.float32)
+                        f"{list(images.shape)}; of 0..1: (255 * x).byte()")
+    return augment.normalise(resize(images, size), device, torch.float32)
 
 def group_folds(groups, labels, k=5, seed=0):
     """A fold 0..k-1 for each cell [n]: groups stay whole, classes are spread evenly. Largest group
@@ -278,13 +255,13 @@ def make_splits(cells, folds, seed, log=print):
     """{name: [(training cells, test cells), ...]}: k folds or the data's own split; and each source
     left out in turn: does it work on our microscope?"""
     fold, splits = group_folds(cells.group, cells.label, folds, seed), {}
-    learn = ask = np.ones(len(fold), bool)
     tests = [(f"{fold.max() + 1} folds by {cells.by}", fold == f) for f in range(fold.max() + 1)]
+    learn = ask = np.ones(len(fold), bool)
     if cells.split is not None:
         learn, ask = cells.split == "train", cells.split == "test"
         tests = [("the given split", ask)]
-    if len(cells.sources) > 1:
-        tests += [("one source left out", cells.source == s) for s in range(len(cells.sources))]
+    sources = range(len(cells.sources) if len(cells.sources) > 1 else 0)
+    tests += [("one source left out", cells.source == s) for s in sources]
     for name, part in tests:
         test, train = np.flatnonzero(ask & part), np.flatnonzero(learn & ~part)
         known = np.isin(cells.group[train], cells.group[test])
@@ -299,7 +276,7 @@ def make_splits(cells, folds, seed, log=print):
         if cells.split is None and len(set(cells.group[cells.label == c])) == 1:
             log(f"class {name!r} is in one {cells.by} only: it is never both learnt and tested")
     if len(set(cells.group[ask])) < 10:
-        log(f"fewer than 10 {cells.by}s are tested: the intervals can't be trusted")
+        log(f"fewer than 10 {cells.by}s are tested: don't trust the intervals")
     return splits
 
 # --------------------------------------------------------------------------------------------------
@@ -319,36 +296,36 @@ def untrained(like):
     """A random network. Its LayerScale is 1: at DINOv2's 1e-5 all class tokens are alike up to
     rounding, which would be a straw man."""
     if like is None:
-        return build_vit("nano", 64, layerscale=1.0)
+        return reddino.build_vit("nano", 64, layerscale=1.0)
     block, stem = like.blocks[0], "convs" if "stem" in like.patch_embed else "linear"
-    return VisionTransformer(like.img_size, like.patch_size, like.embed_dim, len(like.blocks),
-                             block.attn.heads, hasattr(block.mlp, "w12"), layerscale=1.0, stem=stem)
+    return type(like)(like.img_size, like.patch_size, like.embed_dim, len(like.blocks),
+                      block.attn.heads, hasattr(block.mlp, "w12"), layerscale=1.0, stem=stem)
 
 def make_backbone(name, like, heads):
     import torchvision.models as zoo  # takes a second, which a demo need not wait for
 
     own = {"pixels": nn.Flatten, "colour": Colour, "random": lambda: untrained(like)}
-    if os.path.isfile(name) or name in DINOV2 or name.startswith("hf_hub:"):
-        return vit_from_state(read_backbone(name), heads=heads)
+    if os.path.isfile(name) or name in reddino.DINOV2 or name.startswith("hf_hub:"):
+        return reddino.vit_from_state(reddino.read_backbone(name), heads=heads)
     if name in own:
         return own[name]()
     if name not in zoo.list_models(module=zoo):
-        raise UserError(f"--weights {name}: no such file, nor any of {', '.join([*own, *DINOV2])}, "
-                        "nor a classifier of torchvision.models")
+        known = ", ".join([*own, *reddino.DINOV2])
+        raise UserError(f"--weights {name}: no such file, nor one of torchvision's, {known}")
     try:
         model = zoo.get_model(name, weights="DEFAULT")
     except Exception as error:  # a different type for each way in which a file can be wrong
-        raise UserError(f"--weights {name}: no download, or a damaged one to be deleted in "
-                        f"{torch.hub.get_dir()}/checkpoints ({error})") from None
+        raise UserError(f"--weights {name}: not to be had, or damaged in {torch.hub.get_dir()}: "
+                        f"delete it there ({error})") from None
     layers = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     model.set_submodule(layers[-1], nn.Identity())  # features: what tells ImageNet's classes
     return model
 
 def load_backbone(name, size=None, device="auto", like=None, seed=0, heads=None):
     """A frozen backbone by path or name, see --weights: [B, 3, size, size] to features [B, D]; with
-    .size, .device and .digest (of its weights). UserError if there is none. size: default what it
-    was trained at, at most 224. like: whose shape `random` takes. heads: of attention."""
-    name, device = str(name), choose_device(configure(device=device))[0]
+    .size (default: as trained, at most 224), .device, .digest of its weights. UserError if there is
+    none. like: whose shape `random` takes. heads: of attention, where its width doesn't tell."""
+    name, device = str(name), reddino.choose_device(reddino.configure(device=device))[0]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         backbone = make_backbone(name, like, heads).eval().requires_grad_(False)
@@ -381,23 +358,17 @@ def extract_features(backbone, images, batch=256, mean=False):
         parts.append(x.float().cpu())
     return torch.cat(parts)
 
-def kept_features(path):
-    """Features that embed wrote; None if they aren't there, or not as they were written."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # checksums, which torch.load doesn't compare
-        return None if damaged else torch.load(path, weights_only=True)
-    except Exception:  # a different type for each way in which a file can be wrong
-        return None
-
 def embed(label, backbone, cells, crop, out, log, mean=False):
     """Features [n, D] of all cells. Kept in `out` under a name made of the content of weights,
     images, preprocessing: the next protocol costs seconds. UserError if they are not finite."""
     key = f"{backbone.digest}{cells.digest}{crop} {backbone.size} {backbone.device.type} {mean}"
     cache = Path(out or ".", "features", hashlib.sha256(key.encode()).hexdigest()[:32] + ".pt")
-    x, began = kept_features(cache) if out else None, time.monotonic()
-    if x is not None and len(x) == len(cells.label):
-        return x
+    began = time.monotonic()
+    with contextlib.suppress(Exception):  # a different type for each way in which it can be wrong
+        with zipfile.ZipFile(cache) as archive:
+            whole = out and not archive.testzip()  # checksums, which torch.load doesn't compare
+        if whole and len(x := torch.load(cache, weights_only=True)) == len(cells.label):
+            return x
     x = torch.cat([extract_features(backbone, crops, mean=mean)
                    for crops in crops_of(cells, crop, backbone.size)])
     if not x.isfinite().all():
@@ -405,7 +376,7 @@ def embed(label, backbone, cells, crop, out, log, mean=False):
     log(f"{label}: {x.shape[1]} features of {len(x):,} cells in {time.monotonic() - began:.0f} s")
     if out:
         cache.parent.mkdir(exist_ok=True)
-        write_aside(cache, x)
+        reddino.write_aside(cache, x)
     return x
 
 # --------------------------------------------------------------------------------------------------
@@ -424,8 +395,8 @@ def knn(train_x, train_y, test_x, k=20, n_classes=None, temp=0.07):
 def linear_probe(train_x, train_y, test_x, l2=1e-2, n_classes=None, tolerance=0.0):
     """Multinomial logistic regression: the minimum of mean cross-entropy + l2/2 |W|^2 on
     standardised features; scikit-learn's C is 1 / (l2 N). A class that isn't there gets 0. l2: one,
-    or several, strongest first, for [l2, M, C]: each starts from the one before. It ends where a
-    pass lowers the loss by less than `tolerance`, or than rounding does."""
+    or several, strongest first, for [l2, M, C]: each starts from the one before. tolerance: it ends
+    where a pass lowers the loss by less."""
     mean, std = train_x.mean(0), train_x.std(0, correction=0)
     std = torch.where(std > 1e-6 * mean.abs(), std, 1)  # constant: stays about 0
     x, test_x = (train_x - mean) / std, (test_x - mean) / std
@@ -437,45 +408,37 @@ def linear_probe(train_x, train_y, test_x, l2=1e-2, n_classes=None, tolerance=0.
     absent = train_y.bincount(minlength=n_classes or 0) == 0
     never = x.new_zeros(len(absent)).masked_fill(absent, -math.inf)
     weight, bias, probs = x.new_zeros(len(absent), x.shape[1]), torch.zeros_like(never), []
-
-    def descend(weight, bias, strength):
+    for strength in np.atleast_1d(l2).tolist():
         scale = (variance / 4 + strength).rsqrt()
-        scaled, bias = (weight / scale).requires_grad_(), bias.requires_grad_()
+        weight, bias = (weight / scale).requires_grad_(), bias.requires_grad_()
         optimizer = torch.optim.LBFGS(
-            [scaled, bias], max_iter=1000, history_size=50, line_search_fn="strong_wolfe",
+            [weight, bias], max_iter=1000, history_size=50, line_search_fn="strong_wolfe",
             tolerance_grad=1e-6, tolerance_change=max(tolerance, torch.finfo(x.dtype).eps))
 
-        def loss():
-            optimizer.zero_grad()
-            value = F.cross_entropy(F.linear(x, scale * scaled, bias) + never, train_y)
-            value = value + strength / 2 * (scale * scaled).square().sum()
+        def loss(own=optimizer, weight=weight, bias=bias, scale=scale, strength=strength):
+            own.zero_grad()
+            value = F.cross_entropy(F.linear(x, scale * weight, bias) + never, train_y)
+            value = value + strength / 2 * (scale * weight).square().sum()
             value.backward()
             return value
 
         optimizer.step(loss)
-        return (scale * scaled).detach(), bias.detach()
-
-    for strength in np.atleast_1d(l2).tolist():
-        weight, bias = descend(weight, bias, strength)
+        weight, bias = (scale * weight).detach(), bias.detach()
         probs.append((F.linear(test_x, weight, bias) + never).softmax(1))
     return torch.stack(probs) if np.ndim(l2) else probs[0]
 
-def held_out(groups, labels, seed):
-    """Which training cells [N] are for validation: a fifth of the groups; of one group, none."""
-    return (group_folds(groups, labels, 5, seed) == 0) & (groups.min() < groups.max())
-
 def tuned_probe(train_x, train_y, test_x, groups, n_classes, seed=0):
-    """linear_probe at the l2 with the best weighted F1 on held_out groups; the test has no say."""
+    """linear_probe at the l2 with the best weighted F1 on a fifth of the groups, held out."""
     y, l2 = train_y.cpu().numpy(), 1e-2
-    held = held_out(groups, y, seed)
-    if held.any():  # loose fits rank strengths as well, in a third of the time
+    held = group_folds(groups, y, 5, seed) == 0
+    if not held.all():  # loose fits rank strengths as well, in a third of the time
         found = linear_probe(train_x[~held], train_y[~held], train_x[held], L2, n_classes, 1e-5)
         counts = [confusion(y[held], p.argmax(1).cpu().numpy(), n_classes) for p in found]
         l2 = L2[scores(np.stack(counts))["weighted_f1"].argmax()]
     return linear_probe(train_x, train_y, test_x, l2, n_classes)
 
 def train_net(net, inputs, y, lr, epochs, batch=64):
-    """Train what of net requires gradients, a classifier; inputs(i) are those of the labels y[i]."""
+    """Train what of a classifier requires gradients; inputs(i) are those of the labels y[i]."""
     trained = [p for p in net.parameters() if p.requires_grad]
     net.trained = sum(p.numel() for p in trained)
     optimizer = torch.optim.AdamW(trained, lr, weight_decay=0.1)
@@ -503,13 +466,12 @@ class LowRank(nn.Module):
 
 def fine_tune(backbone, crops, y, kind, n_classes, seed=0, epochs=15):
     """A copy of the backbone and a linear head, trained on crops, uint8 [N, 3, h, w]; its
-    extract_features are logits. kind: all of it (full), the head, or head and LowRank adapters of
-    qkv and proj (lora), for whom labels are few and the backbone is good (Surgical-DINO, Cui et al.
-    2024). Numbers: guesses."""
+    extract_features are logits. kind: all of it (full), the head, or head and LowRank adapters
+    (lora), for whom labels are few and the backbone is good (Surgical-DINO, Cui et al. 2024)."""
     from torchvision.transforms import v2
 
     torch.manual_seed(seed)
-    flip = v2.Compose([v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(), v2.ColorJitter(0.2, 0.2)])
+    jitter = [v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(), v2.ColorJitter(0.2, 0.2)]
     head = nn.Linear(extract_features(backbone, crops[:1]).shape[1], n_classes)
     net = nn.Sequential(copy.deepcopy(backbone).requires_grad_(kind == "full"), head)
     for block in net[0].blocks if kind == "lora" else ():
@@ -518,10 +480,11 @@ def fine_tune(backbone, crops, y, kind, n_classes, seed=0, epochs=15):
     net.size, net.device = backbone.size, backbone.device
 
     def inputs(some):
-        seen = torch.stack([flip(crop) for crop in crops[some]])
+        seen = torch.stack([v2.Compose(jitter)(crop) for crop in crops[some]])
         return [network_input(seen, (net.size, net.size), net.device)]
 
-    train_net(net.to(net.device), inputs, y.to(net.device), 1e-4 if kind == "full" else 4e-3, epochs)
+    lr = 1e-4 if kind == "full" else 4e-3  # guesses, as are the other numbers
+    train_net(net.to(net.device), inputs, y.to(net.device), lr, epochs)
     for layer in [layer for layer in net.modules() if parametrize.is_parametrized(layer)]:
         parametrize.remove_parametrizations(layer, "weight")  # the adapters end in the weights
     return net
@@ -575,7 +538,7 @@ def scores(counts):
 
 def bootstrap(n, seed):
     """How often each of n groups counts, [1 + 1000, n]: once; then as often as in n draws with
-    replacement. (Of 1,000 an interval's ends still move by a few % between seeds.)"""
+    replacement. (Between seeds an interval's ends move by a few %.)"""
     rng = np.random.default_rng(seed)
     draws = [np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(1000)]
     return np.stack([np.ones(n), *draws]).astype(np.float32)
@@ -691,11 +654,11 @@ def evaluate(data, weights, protocols=PROTOCOLS, crop=80, out=None, device="auto
 
     if unknown := {*protocols, *finetune, features} - CHOICES:
         raise UserError(f"{min(unknown)}: choose from {', '.join(sorted(CHOICES))}")
-    if crop < 2 or folds < 2 or (size or 1) < 1:
+    if min(crop, folds, (size or 1) + 1) < 2:
         raise UserError("--crop and --folds have to be at least 2, and --size at least 1")
     if figures and not importlib.util.find_spec("matplotlib"):
         raise UserError("--figures needs matplotlib: pip install matplotlib")
-    check_window(window)
+    augment.check_window(window)
     for folder in filter(None, (out, figures)):
         os.makedirs(folder, exist_ok=True)
     weights = weights if isinstance(weights, dict) else {str(w): w for w in weights}
@@ -709,23 +672,22 @@ def evaluate(data, weights, protocols=PROTOCOLS, crop=80, out=None, device="auto
     found = {label: embed(label, backbone, cells, crop, out, say, features == "cls+mean")
              for label, backbone in backbones.items()}
     crops = torch.cat(list(crops_of(cells, crop, 224))) if finetune else None  # 19 KB each at 80
-    rows = []
+    rows, pairs, asked = [], [], {*protocols, *finetune}
     for split, parts in make_splits(cells, folds, seed, say).items():
-        results = {}
+        by = {}
         for label, backbone in backbones.items():
             began, x = time.monotonic(), found[label].to(backbone.device)
-            measured = measure(x, cells, parts, {*protocols, *finetune}, seed, backbone, crops)
-            for name, result in measured.items():
-                results.setdefault(name, {})[label] = result
+            results = measure(x, cells, parts, asked, seed, backbone, crops)
+            for name, result in results.items():
+                by.setdefault(name, {})[label] = result
             say(f"{label}: {split}, {time.monotonic() - began:.0f} s")
-        for name, result in results.items():
-            rows += rows_of(result, protocol=name, split=split)
-        protocols = {*protocols} - {"fewshot"}  # of the first split
+        for name, results in by.items():
+            for row in rows_of(results, protocol=name, split=split):
+                (pairs if "minus" in row else rows).append(row)
+        asked -= {"fewshot"}  # of the first split
     results = dict(data=str(data), crop=crop, window=window, seed=seed, cells=len(cells.label),
-                   images=len(cells.files), groups=len(set(cells.group)), classes=cells.classes,
-                   sources=cells.sources, skipped=cells.skipped,
-                   rows=[row for row in rows if "minus" not in row],
-                   pairs=[row for row in rows if "minus" in row])
+                   classes=cells.classes, sources=cells.sources, skipped=cells.skipped, rows=rows,
+                   pairs=pairs)
     if out:
         Path(out, "results.json").write_text(json.dumps(results, indent=1))
         Path(out, "results.md").write_text(as_table(results), "utf-8")
@@ -742,23 +704,23 @@ def as_table(results):
         low, high = (100 * end for end in row["interval"]["weighted_f1"])
         return f"{100 * row['weighted_f1']:.1f} [{low:.1f}, {high:.1f}]"
 
-    lines = ["", "In %, with 95% intervals by groups (few-shot: by draws)."]
-    for title, rows in itertools.groupby(results["rows"], lambda r: (r["protocol"], r["split"])):
+    lines = ["", "In %, with 95% intervals by groups (few-shot: by draws).", ""]
+    for title, rows in itertools.groupby(results["rows"], lambda r: [r["protocol"], r["split"]]):
         rows = list(rows)
         best = max(rows, key=lambda row: row["weighted_f1"])["weights"]
         gaps = {p["weights"]: text(p) for p in results["pairs"]
-                if (p["protocol"], p["split"], p["minus"]) == (*title, best)}
-        names = [name.replace("_", " ") for name in rows[0]["interval"]]
+                if [p["protocol"], p["split"], p["minus"]] == [*title, best]}
+        names = list(rows[0]["interval"])
         table = [[", ".join(title), *names, "minus the best"], ["---"] * (len(names) + 2)]
         for row in rows:
             name = printable(row["weights"]).replace("|", "\\|")
             name += f" ({row['trained']:,} trained)" if "trained" in row else ""
-            line = {k: f"{100 * row[k]:.1f}" for k in row["interval"]} | {"weighted_f1": text(row)}
-            line = [name, *line.values(), gaps.get(row["weights"], "best")]
+            line = [text(row) if k == "weighted_f1" else f"{100 * row[k]:.1f}" for k in names]
+            line = [name, *line, gaps.get(row["weights"], "best")]
             table.append([f"**{cell}**" for cell in line] if row["weights"] == best else line)
         widths = [max(map(len, column)) for column in zip(*table)]
-        lines += ["", *("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in table)]
-    return "\n".join([*lines, ""])
+        lines += ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in table] + [""]
+    return "\n".join(lines)
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
@@ -766,20 +728,19 @@ def main(argv=None):
     add = parser.add_argument
     add("--data", required=True)
     add("--weights", required=True, nargs="+")
-    add("--protocols", nargs="+", default=PROTOCOLS, help="knn linear fewshot (these) study")
-    add("--finetune", nargs="+", default=[], help="also train, once a fold: full head lora")
-    add("--features", default="cls", help="cls or cls+mean: with the mean patch token (cls)")
+    add("--protocols", nargs="+", default=PROTOCOLS)
+    add("--finetune", nargs="+", default=[])
+    add("--crop", type=int, default=80, help="side of the square around a cell in pixels (80)")
+    add("--size", type=int, help="the network's input in pixels (as trained, at most 224)")
+    add("--heads", type=int, help="of a ViT's attention, where its width doesn't tell")
+    add("--features", default="cls", help="cls, or cls+mean: with the mean patch token")
     add("--window", nargs=2, type=float, help="LEVEL WIDTH: what is seen of deep grey")
     add("--drop-label", nargs="+", default=[], dest="drop_labels", help="classes to leave out")
     add("--out", default="out/eval", help="folder of results and cached features (out/eval)")
     add("--figures", help="folder to draw into")
-    add("--device", default="auto", help="cuda, mps, cpu (the first that is there)")
-    for name, default, text in (
-            ("crop", 80, "side of the square around a cell in pixels"), ("folds", 5, ""),
-            ("size", None, "the network's input in pixels (as trained, at most 224)"),
-            ("heads", None, "of a ViT's attention, where its width doesn't tell"),
-            ("seed", 0, "of folds, draws and `random`")):
-        add(f"--{name}", type=int, default=default, help=text)
+    add("--folds", type=int, default=5)
+    add("--seed", type=int, default=0)
+    add("--device", default="auto")
     # One line, without the usage.
     parser.error = lambda text: parser.exit(2, f"eval.py: error: {printable(text, 2000)}\n")
     try:

@@ -21,28 +21,10 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from augment import (
-    GROUPS,
-    RECIPES,
-    BadImage,
-    MultiCrop,
-    UserError,
-    apply_window,
-    check_window,
-    read_image,
-    sample_rng,
-)
-from eval import (
-    DRAWS,
-    SHOTS,
-    VisionTransformer,
-    crops_of,
-    extract_features,
-    load_backbone,
-    network_input,
-    printable,
-    read_cells,
-)
+import augment
+import eval as ev
+from augment import UserError
+from eval import printable
 
 COLOURS = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#000000"]
 MARKS = list(zip("oXs*^PvD" * 7, COLOURS * 8))  # 56 different ones
@@ -73,27 +55,26 @@ def draw_figures(folder, results, features, backbones, cells, seed, log=print):
     if any("shots" in row for row in results["rows"]):
         draw("few-shot", few_shot_curves, results["rows"])
     for label, backbone in backbones.items():
-        own = [row for row in results["rows"] if row["weights"] == label and "confusion" in row]
-        own = [row for row in own if not row["protocol"].startswith("study")]
+        own = [row for row in results["rows"] if row["weights"] == label and "confusion" in row
+               and not row["protocol"].startswith("study")]
         if own:
             draw(f"confusion {label}", confusion_matrix, own[-1], cells.classes)
         draw(f"map {label}", maps, label, features[label].numpy(), cells, seed)
-        if isinstance(backbone, VisionTransformer):
+        if hasattr(backbone, "blocks"):
             draw(f"smear {label}", smear_panels, label, backbone, cells, results["crop"])
 
 def few_shot_curves(figure, rows):
-    axes, points = figure.subplots(), {}
-    for row in rows:
-        if "shots" in row:
-            point = row["shots"], row["weighted_f1"], *row["interval"]["weighted_f1"]
-            points.setdefault(row["weights"], []).append(point)
-    for (label, own), (marker, colour) in zip(points.items(), MARKS):
-        n, mean, low, high = np.array(own).T
-        axes.semilogx(n, 100 * mean, label=printable(label, 40), marker=marker, color=colour)
-        axes.fill_between(n, 100 * low, 100 * high, alpha=0.15, color=colour)
+    axes, rows = figure.subplots(), [row for row in rows if "shots" in row]
+    for label, (marker, colour) in zip(dict.fromkeys(row["weights"] for row in rows), MARKS):
+        own = [row for row in rows if row["weights"] == label]
+        mean = [100 * row["weighted_f1"] for row in own]
+        low, high = 100 * np.array([row["interval"]["weighted_f1"] for row in own]).T
+        n = [row["shots"] for row in own]
+        axes.semilogx(n, mean, label=printable(label, 40), marker=marker, color=colour)
+        axes.fill_between(n, low, high, alpha=0.15, color=colour)
     axes.minorticks_off()
-    axes.set(xticks=SHOTS, xticklabels=SHOTS, xlabel="labelled cells of each class")
-    axes.set(ylabel="weighted F1, %", title=f"Few-shot: mean, 95% of {DRAWS} linear probes")
+    axes.set(xticks=ev.SHOTS, xticklabels=ev.SHOTS, xlabel="labelled cells of each class",
+             ylabel="weighted F1, %", title=f"Few-shot: mean, 95% of {ev.DRAWS} linear probes")
     axes.legend()
 
 def confusion_matrix(figure, row, classes):
@@ -147,7 +128,7 @@ def smear(backbone, image, crop=None):
     scale = max(scale, backbone.size / min(image.shape[:2]))
     rows, columns = (int(n * scale) // patch for n in image.shape[:2])
     x = torch.from_numpy(image).permute(2, 0, 1)[None]
-    x, seen = network_input(x, (rows * patch, columns * patch), backbone.device), []
+    x, seen = ev.network_input(x, (rows * patch, columns * patch), backbone.device), []
     with attn.qkv.register_forward_hook(lambda module, given, out: seen.append(out[0])):
         tokens = principal(backbone.forward_features(x)[1][0].cpu().numpy(), 3)
     q, k, _ = seen[0].unflatten(1, (3, attn.heads, -1)).permute(1, 2, 0, 3)  # [heads, N, D / heads]
@@ -161,7 +142,7 @@ def smear(backbone, image, crop=None):
     return pictures
 
 def smear_panels(figure, label, backbone, cells, crop):
-    image = read_image(cells.files[0], window=cells.window)
+    image = augment.read_image(cells.files[0], window=cells.window)
     panels(figure, f"{label}: {os.path.basename(cells.files[0])}", smear(backbone, image, crop))
 
 def panels(figure, title, pictures, wide=2):
@@ -209,55 +190,52 @@ def neighbour_rows(figure, cells, crops, features, seed=0, k=8):
             right = cells.label[near] == c
             frames |= {(len(rows), 1 + j): bool(right[j]) for j in range(len(near))}
             rows.append([None if i else crops[query], *crops[near]])
-            names.append(f"{name}:\n{right.sum()} of {len(near)} {cells.classes[c]}")
+            names.append(f"{name}: {right.sum()} of {len(near)} {cells.classes[c]}")
     grid = tiles(figure, rows, frames=frames, size=0.8)
     for axes, name in zip(grid[:, -1], names):
         axes.yaxis.set_label_position("right")
-        axes.set_ylabel(printable(name.replace("\n", " "), 45).replace(": ", ":\n", 1), rotation=0,
-                        ha="left", va="center", size=11)
+        axes.set_ylabel(printable(name).replace(": ", ":\n", 1), rotation=0, ha="left", va="center",
+                        size=11)
     figure.suptitle(f"A cell, and its nearest among other {cells.by}s' cells.\nFrame: thick blue, "
                     "of its class; dotted orange, of another", size=12)
 
 def curves(figure, path):
-    """Of a metrics.jsonl: losses, smoothed; and what grows, 0 to 1: how often a view finds its
+    """Of a metrics.jsonl: losses, smoothed; and what grows, in %: how often a view finds its
     partner among 64, and the scores of --eval-data where there are any."""
     lines = [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
     figure.set_size_inches(9, 3.6)
     losses, shares = figure.subplots(1, 2)
     names = sorted({key for line in lines for key in line if key.startswith("knn")})
-    axes = {"loss": losses, "dino": losses, "match": shares} | dict.fromkeys(names, shares)
-    for (name, on), (marker, colour) in zip(axes.items(), MARKS):
+    for name, (marker, colour) in zip(["loss", "dino", "match", *names], MARKS):
         own = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-        if not own:
-            continue
-        step, value = np.array(own, float).T
-        width = 1 + len(own) // 50
-        value = np.convolve(value, np.ones(width) / width, "valid")
-        on.plot(step[width - 1:], value if on is losses else 100 * value, color=colour, label=name,
-                marker=marker if len(own) < 30 else None)
+        if own:
+            on, scale = (losses, 1) if name in ("loss", "dino") else (shares, 100)
+            step, value = np.array(own, float).T
+            width = 1 + len(own) // 50
+            value = scale * np.convolve(value, np.ones(width) / width, "valid")
+            on.plot(step[width - 1:], value, color=colour, label=name,
+                    marker=marker if len(own) < 30 else None)
+            on.legend()
     losses.set(title="Losses: all, and that of class tokens", xlabel="step", ylabel="nats")
     shares.set(title="A view finds its partner among 64 (chance: 2%)"
                      + "; 20-NN, weighted F1" * bool(names), xlabel="step", ylabel="%")
-    for on in (losses, shares):
-        if on.lines:
-            on.legend()
 
 def demo_figures(out, table, untrained, trained, crop=80, device="auto", log=print):
     """neighbours.png, tokens.png and, of OUT/metrics.jsonl, curves.png in OUT/scores: their paths.
     table: labelled cells that training has not seen; untrained, trained: as --weights."""
-    out, cells = Path(out), read_cells(str(table))
-    image, crops = read_image(cells.files[0]), torch.cat(list(crops_of(cells, crop, 224)))
-    pictures, features, pixels = {"image": image}, {}, crops.permute(0, 2, 3, 1).numpy()
+    cells, folder = ev.read_cells(str(table)), Path(out, "scores")
+    image = augment.read_image(cells.files[0])
+    crops, pictures, features = torch.cat(list(ev.crops_of(cells, crop, 224))), {"image": image}, {}
     for name, path in (("before training", untrained), ("after training", trained)):
-        backbone = load_backbone(path, device=device)
-        features[name] = extract_features(backbone, crops)
+        backbone = ev.load_backbone(path, device=device)
+        features[name] = ev.extract_features(backbone, crops)
         pictures[name] = list(smear(backbone, image, crop).values())[1]
-    folder = out / "scores"
     folder.mkdir(exist_ok=True)
-    save(folder / "neighbours.png", neighbour_rows, cells, pixels, features, log=log)
+    pixels = crops.permute(0, 2, 3, 1).numpy()
     title = "Patch tokens, their principal components as colours: alike to the network, alike here"
+    save(folder / "neighbours.png", neighbour_rows, cells, pixels, features, log=log)
     save(folder / "tokens.png", panels, title, pictures, 3, log=log)
-    save(folder / "curves.png", curves, out / "metrics.jsonl", log=log)
+    save(folder / "curves.png", curves, Path(out, "metrics.jsonl"), log=log)
     paths = [folder / f"{name}.png" for name in ("neighbours", "tokens", "curves")]
     return [path for path in paths if path.is_file()]
 
@@ -267,16 +245,17 @@ def demo_figures(out, table, untrained, trained, crop=80, device="auto", log=pri
 def gallery(figure, tile, recipe="reddino", seed=0, window=None):
     """Every transform by name on a tile [h, w, 3] (or values [h, w]), a row for each group."""
     def shown(image):
-        return image if image.dtype == np.uint8 else apply_window(image, *window or (40, 400))
+        level, width = window or (40, 400)
+        return image if image.dtype == np.uint8 else augment.apply_window(image, level, width)
 
     views = ("first global view", "second global view", "local view")
-    views = dict(zip(views, MultiCrop(recipe, window=window).recipe))
-    groups = GROUPS if recipe == "reddino" else views
+    views = dict(zip(views, augment.MultiCrop(recipe, window=window).recipe))
+    groups = augment.GROUPS if recipe == "reddino" else views
     rows, captions = [[shown(tile)] for _ in groups], [["before"] for _ in groups]
     for r, transforms in enumerate(groups.values()):
         before = tile
         for c, transform in enumerate(transforms):
-            rng = sample_rng(seed, r, c)
+            rng = augment.sample_rng(seed, r, c)
             transform.set_random_state(rng, random.Random(int(rng.integers(2**62))))
             after = transform(image=before, force_apply=True)["image"]
             rows[r].append(shown(after))
@@ -291,19 +270,18 @@ def main(argv=None):
     parser.add_argument("image")
     parser.add_argument("-o", "--out", default="gallery.png")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--augment", choices=RECIPES, default="reddino")
-    parser.add_argument("--window", nargs=2, type=float, metavar=("LEVEL", "WIDTH"))
+    parser.add_argument("--augment", choices=augment.RECIPES, default="reddino")
+    parser.add_argument("--window", nargs=2, type=float)
     parser.error = lambda text: parser.exit(2, f"figures.py: error: {printable(text, 2000)}\n")
     args = parser.parse_args(argv)
     try:
-        check_window(args.window)
-        image = read_image(args.image, window=args.window, raw=args.augment == "ct")
+        augment.check_window(args.window)
+        image = augment.read_image(args.image, window=args.window, raw=args.augment == "ct")
         if args.augment not in ("ct", "mri", "xray"):  # anatomy is looked at as a whole
             y, x = (max(0, n - 224) // 2 for n in image.shape[:2])
             image = image[y:y + 224, x:x + 224]
-        figure = figure_of(gallery, image, args.augment, args.seed, args.window)
-        figure.savefig(args.out, dpi=120)
-    except (UserError, BadImage, OSError, ValueError) as error:  # ValueError: an --out of no kind
+        figure_of(gallery, image, args.augment, args.seed, args.window).savefig(args.out, dpi=120)
+    except (UserError, augment.BadImage, OSError, ValueError) as error:  # an --out of no kind
         parser.error(error)
 
 if __name__ == "__main__":

@@ -113,13 +113,13 @@ def test_class_folders_with_and_without_a_split(tmp_path):
     assert cells.classes == ["a", "b"] and len(cells.label) == 18
     for f, part in zip(cells.file, cells.split):
         assert ("Train" in cells.files[f]) == (part == "train")
-    assert said == ["cells whose split is val are left out"]
+        assert ("test" in os.path.relpath(cells.files[f], tmp_path)) == (part == "test")
     ((train, test),) = ev.make_splits(cells, 5, 0, ev.quiet)["the given split"]
     assert len(train) == len(test) == 6
     (tmp_path / "test").rename(tmp_path / "elsewhere")
     cells = ev.read_cells(str(tmp_path), log=said.append)  # where there is no test, val is asked
     assert cells.classes == ["a", "b"] and sorted({*cells.split}) == ["test", "train"]
-    assert "only Train, valid are used" in said[1]
+    assert "only Train, valid are used" in said[0]
     linked = tmp_path / "linked"
     linked.mkdir()
     for c in "ab":
@@ -159,7 +159,6 @@ def test_split_column_and_groups(tmp_path):
     result = ev.evaluate(tmp_path / "split.csv", ["colour"], ["knn"], crop=24, log=said.append)
     rows = {(r["protocol"], r["split"]): r for r in result["rows"]}
     assert result["cells"] == 64 and rows["1-NN", "the given split"]["cells"] == 24
-    assert "cells whose split is val are left out" in said
     cells = ev.read_cells(str(tmp_path / "split.csv"))
     for train, test in ev.make_splits(cells, 5, 0)["one source left out"]:
         assert (cells.split[train] == "train").all() and (cells.split[test] == "test").all()
@@ -372,15 +371,15 @@ MISTAKES = {
     "outside": (edited(lambda s: [*s[:-1], "1.png,500,30,dark,a"]), "[500.0, 30.0] is outside"),
     "one member": (edited(lambda s: [*s[:-1], "1.png,50,30,burr,a"]), "'burr' has one cell"),
     "one class": (edited(lambda s: [line.replace("dark", "bright") for line in s]), "of two"),
-    "one image": (edited(lambda s: s[:9]), "all cells are of one image, not to be split"),
+    "one image": (edited(lambda s: s[:9]), "all cells are of one image"),
     "an unknown split": (edited(lambda s: [line.replace("source", "split") for line in s]),
                          "line 2: split is 'a'"),
     "no study": (given("--protocols", "study"), "column `group` has to say"),
     "an escape": (edited(lambda s: [line.replace("dark", "\x1b[31m") for line in s[:9]]),
                   "all cells are of one image"),
-    "a color": (given(weights="color"), "color: no such file, nor any of pixels, colour"),
+    "a color": (given(weights="color"), "color: no such file, nor one of"),
     "an escape in a name": (given(weights="\x1b[31mred\x07"), r"\x1b[31mred\x07: no such file"),
-    "unknown weights": (given(weights="resnet5000"), "nor a classifier of torchvision"),
+    "unknown weights": (given(weights="resnet5000"), "nor one of torchvision's, pixels, colour"),
     "no checkpoint": (given(weights="TMP/0.png"), "0.png"),
     "unknown protocol": (given("--protocols", "knnn"), "knnn"),
     "unknown tuning": (given("--finetune", "loras"), "loras: choose from cls"),
