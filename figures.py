@@ -1,7 +1,6 @@
-"""All that is drawn: eval.py's figures, the demo's, the gallery of transforms.
+"""All that is drawn: eval.py's figures, the demo's, and every transform by name on an image:
 
-    python figures.py SMEAR.jpg -o gallery.png --seed 0     every transform by name on that image
-    python figures.py SLICE.npy --augment ct --window 40 400
+    python figures.py SLICE.npy -o gallery.png --augment ct --window 40 400
 
 Without pyplot, which would change a notebook's settings. Colours are Okabe and Ito's (2008), which
 everyone can tell apart; a shape or a line says the same once more.
@@ -42,9 +41,6 @@ def save(path, draw, *given, log=print):
         figure_of(draw, *given).savefig(path, dpi=150)
     except Exception as error:  # whatever a label or a number does to matplotlib
         log(f"{path} is not drawn: {printable(error, 200)}")
-
-# --------------------------------------------------------------------------------------------------
-# eval.py's figures.
 
 def draw_figures(folder, results, features, backbones, cells, seed, log=print):
     """PNGs in `folder`: few-shot curves; of each backbone confusion, a map of cells, a smear."""
@@ -153,12 +149,9 @@ def panels(figure, title, pictures, wide=2):
         axes = figure.add_subplot(high, wide, i, title=name, xticks=[], yticks=[])
         axes.imshow(picture, vmax=np.percentile(picture, 99))  # one patch may draw most attention
 
-# --------------------------------------------------------------------------------------------------
-# The demo and the course: what training changed.
-
 def tiles(figure, rows, captions=(), frames=(), size=0.75):
-    """Images, uint8 [H, W] or [H, W, 3], in rows (None: a gap) with captions or none; frames
-    {(row, column): right or not} are thick blue or dotted orange. Returns the axes."""
+    """Images, uint8 [H, W] or [H, W, 3], in rows (None: a gap), with captions; frames {(row,
+    column): right or not} are thick blue or dotted orange. Returns the axes."""
     columns, high = max(map(len, rows)), size * (1.25 if captions else 1)
     figure.set_size_inches(size * columns, high * len(rows) + 0.6)
     grid = figure.subplots(len(rows), columns, squeeze=False)
@@ -213,12 +206,12 @@ def curves(figure, path):
             step, value = np.array(own, float).T
             width = 1 + len(own) // 50
             value = scale * np.convolve(value, np.ones(width) / width, "valid")
-            on.plot(step[width - 1:], value, color=colour, label=name,
-                    marker=marker if len(own) < 30 else None)
+            marker = marker if len(own) < 30 else None
+            on.plot(step[width - 1:], value, color=colour, label=name, marker=marker)
             on.legend()
     losses.set(title="Losses: all, and that of class tokens", xlabel="step", ylabel="nats")
-    shares.set(title="A view finds its partner among 64 (chance: 2%)"
-                     + "; 20-NN, weighted F1" * bool(names), xlabel="step", ylabel="%")
+    title = "A view finds its partner among 64 (chance: 2%)" + "; 20-NN, weighted F1" * bool(names)
+    shares.set(title=title, xlabel="step", ylabel="%")
 
 def demo_figures(out, table, untrained, trained, crop=80, device="auto", log=print):
     """neighbours.png, tokens.png and, of OUT/metrics.jsonl, curves.png in OUT/scores: their paths.
@@ -231,16 +224,13 @@ def demo_figures(out, table, untrained, trained, crop=80, device="auto", log=pri
         features[name] = ev.extract_features(backbone, crops)
         pictures[name] = list(smear(backbone, image, crop).values())[1]
     folder.mkdir(exist_ok=True)
-    pixels = crops.permute(0, 2, 3, 1).numpy()
     title = "Patch tokens, their principal components as colours: alike to the network, alike here"
-    save(folder / "neighbours.png", neighbour_rows, cells, pixels, features, log=log)
-    save(folder / "tokens.png", panels, title, pictures, 3, log=log)
-    save(folder / "curves.png", curves, Path(out, "metrics.jsonl"), log=log)
     paths = [folder / f"{name}.png" for name in ("neighbours", "tokens", "curves")]
+    pixels = crops.permute(0, 2, 3, 1).numpy()
+    save(paths[0], neighbour_rows, cells, pixels, features, log=log)
+    save(paths[1], panels, title, pictures, 3, log=log)
+    save(paths[2], curves, Path(out, "metrics.jsonl"), log=log)
     return [path for path in paths if path.is_file()]
-
-# --------------------------------------------------------------------------------------------------
-# The gallery of transforms.
 
 def gallery(figure, tile, recipe="reddino", seed=0, window=None):
     """Every transform by name on a tile [h, w, 3] (or values [h, w]), a row for each group."""

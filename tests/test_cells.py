@@ -221,6 +221,26 @@ def test_slices_are_scored_through_their_window(tmp_path):
         ev.read_cells(str(table), window=(-5000, 10))
 
 
+def test_a_group_of_dicom_files_is_the_patient(tmp_path):
+    """Without a column `group`: in class folders, and in tables that name files."""
+    pydicom = pytest.importorskip("pydicom")
+    slice_ = pydicom.dcmread(pydicom.data.get_testdata_file("CT_small.dcm"))
+    pixels, rows = slice_.pixel_array, ["image,label"]
+    for i in range(8):
+        folder = tmp_path / "ab"[i % 2]
+        folder.mkdir(exist_ok=True)
+        slice_.PatientID = f"patient {i // 2 % 3}"
+        slice_.PixelData = np.roll(pixels, i).tobytes()  # no two are the same image
+        slice_.save_as(folder / f"{i}.dcm")
+        rows.append(f"{folder.name}/{i}.dcm,{folder.name}")
+    (tmp_path / "t.csv").write_text("\n".join(rows))
+    for data in (tmp_path, tmp_path / "t.csv"):
+        cells = ev.read_cells(str(data), window=(40, 400))
+        number = [int(os.path.basename(cells.files[f])[0]) // 2 % 3 for f in cells.file]
+        assert cells.by == "patient" and len({*zip(cells.group, number)}) == 3
+        assert list(ev.make_splits(cells, 5, 0, ev.quiet)) == ["3 folds by patient"]
+
+
 def test_a_crop_goes_on_at_the_edge(tmp_path):
     image = picture(40, 50)
     Image.fromarray(image).save(tmp_path / "smear.png")
