@@ -63,9 +63,8 @@ def few_shot_curves(figure, rows):
     axes, rows = figure.subplots(), [row for row in rows if "shots" in row]
     for label, (marker, colour) in zip(dict.fromkeys(row["weights"] for row in rows), MARKS):
         own = [row for row in rows if row["weights"] == label]
-        mean = [100 * row["weighted_f1"] for row in own]
         low, high = 100 * np.array([row["interval"]["weighted_f1"] for row in own]).T
-        n = [row["shots"] for row in own]
+        n, mean = zip(*((row["shots"], 100 * row["weighted_f1"]) for row in own))
         axes.semilogx(n, mean, label=printable(label, 40), marker=marker, color=colour)
         axes.fill_between(n, low, high, alpha=0.15, color=colour)
     axes.minorticks_off()
@@ -78,26 +77,24 @@ def confusion_matrix(figure, row, classes):
     share, side = counts / counts.sum(1, keepdims=True).clip(1), 3.5 + min(0.45 * len(names), 90)
     figure.set_size_inches(side + 0.5, side)
     axes = figure.subplots()
-    shades = axes.imshow(share, cmap="Greys", vmin=0, vmax=1)
-    figure.colorbar(shades, label="share of the true class (numbers: cells)", shrink=0.8)
+    axes.imshow(share, cmap="Greys", vmin=0, vmax=1)
     for (i, j), n in np.ndenumerate(counts[:100, :100]):
         colour = "white" if share[i, j] > 0.5 else "black"
         axes.text(j, i, n, ha="center", va="center", size=7, color=colour)
     axes.set_xticks(range(len(names)), names, rotation=90)
     axes.set_yticks(range(len(names)), names)
-    axes.set(xlabel="predicted", ylabel="true")
+    axes.set(xlabel="predicted (grey: share of the true class)", ylabel="true")
     figure.suptitle(f"{printable(row['weights'])}: {row['protocol']}, {row['split']}", size=10)
 
 def maps(figure, label, x, cells, seed):
-    """Up to 3,000 cells in two dimensions: PCA, which keeps distances, and where scikit-learn is
-    installed t-SNE, which keeps neighbours; coloured by class and, beside it, by source."""
+    """Up to 3,000 cells in 2D: PCA, which keeps distances, and where scikit-learn is installed
+    t-SNE, which keeps neighbours; by class and, beside it, by source."""
     some, by = np.random.default_rng(seed).permutation(len(x))[:3000], {}
     ways, by["class"] = {"PCA": principal(x[some], 2)}, (cells.label, cells.classes)
     if len(some) >= 50 and importlib.util.find_spec("sklearn"):
         from sklearn.manifold import TSNE
         ways["t-SNE"] = TSNE(random_state=seed).fit_transform(x[some])
-    if cells.sources:
-        by["source"] = (cells.source, cells.sources)
+    by |= {"source": (cells.source, cells.sources)} if cells.sources else {}
     figure.set_size_inches(8 * len(by), 6 * len(ways))
     grid = figure.subplots(len(ways), len(by), squeeze=False).flat
     for axes, (way, what) in zip(grid, itertools.product(ways, by)):
@@ -105,8 +102,7 @@ def maps(figure, label, x, cells, seed):
         for i, (name, (marker, colour)) in enumerate(zip(names, itertools.cycle(MARKS))):
             axes.scatter(*ways[way][index[some] == i].T, s=12, label=printable(name, 30),
                          marker=marker, color=colour, linewidths=0)
-        title = f"{printable(label)}: {way} of {len(some):,} cells, by {what}"
-        axes.set(title=title, xticks=[], yticks=[])
+        axes.set(title=f"{printable(label)}: {way}, by {what}", xticks=[], yticks=[])
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2)
 
 def principal(x, n):
@@ -116,12 +112,11 @@ def principal(x, n):
 
 @torch.inference_mode()
 def smear(backbone, image, crop=None):
-    """Pictures by name: an image [H, W, 3] (1,024 pixels of it: a slide would take hours), three
-    principal components of its patch tokens as colours [h, w, 3], the class token's attention in
-    the last block by head [h, w]. crop: shrink it as squares of this side are for scores."""
+    """Pictures by name: an image [H, W, 3] (1,024 pixels of it), three principal components of its
+    patch tokens as colours [h, w, 3], the class token's attention in the last block by head [h, w].
+    crop: shrink it as squares of this side are for scores."""
     image, patch, attn = image[:1024, :1024], backbone.patch_size, backbone.blocks[-1].attn
-    scale = min(1, backbone.size / (crop or backbone.size))
-    scale = max(scale, backbone.size / min(image.shape[:2]))
+    scale = backbone.size * max(1 / max(crop or 0, backbone.size), 1 / min(image.shape[:2]))
     rows, columns = (int(n * scale) // patch for n in image.shape[:2])
     x = torch.from_numpy(image).permute(2, 0, 1)[None]
     x, seen = ev.network_input(x, (rows * patch, columns * patch), backbone.device), []
@@ -130,8 +125,8 @@ def smear(backbone, image, crop=None):
     q, k, _ = seen[0].unflatten(1, (3, attn.heads, -1)).permute(1, 2, 0, 3)  # [heads, N, D / heads]
     look = (q[:, :1] @ k.transpose(1, 2) / q.shape[-1] ** 0.5).softmax(-1)
     low, high = np.percentile(tokens, [1, 99], axis=0)
-    colours = ((tokens - low) / (high - low)).clip(0, 1)
-    pictures = {"image": image, "patch tokens, PCA as RGB": colours.reshape(rows, columns, 3)}
+    colours = ((tokens - low) / (high - low)).clip(0, 1).reshape(rows, columns, 3)
+    pictures = {"image": image, "patch tokens, PCA as RGB": colours}
     for i, head in enumerate(look[:, 0, -rows * columns:].cpu().numpy(), 1):
         name = f"attention of head {i}, {100 * head.min():.2f} to {100 * head.max():.2f}% a patch"
         pictures[name] = head.reshape(rows, columns)
@@ -193,8 +188,7 @@ def neighbour_rows(figure, cells, crops, features, seed=0, k=8):
                     "of its class; dotted orange, of another", size=12)
 
 def curves(figure, path):
-    """Of a metrics.jsonl: losses, smoothed; and what grows, in %: how often a view finds its
-    partner among 64, and the scores of --eval-data where there are any."""
+    """Of a metrics.jsonl: losses, smoothed; and what grows: match, the scores of --eval-data."""
     lines = [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
     figure.set_size_inches(9, 3.6)
     losses, shares = figure.subplots(1, 2)
@@ -206,8 +200,7 @@ def curves(figure, path):
             step, value = np.array(own, float).T
             width = 1 + len(own) // 50
             value = scale * np.convolve(value, np.ones(width) / width, "valid")
-            marker = marker if len(own) < 30 else None
-            on.plot(step[width - 1:], value, color=colour, label=name, marker=marker)
+            on.plot(step[width - 1:], value, color=colour, label=name, marker=marker, markevery=0.1)
             on.legend()
     losses.set(title="Losses: all, and that of class tokens", xlabel="step", ylabel="nats")
     title = "A view finds its partner among 64 (chance: 2%)" + "; 20-NN, weighted F1" * bool(names)
@@ -215,7 +208,7 @@ def curves(figure, path):
 
 def demo_figures(out, table, untrained, trained, crop=80, device="auto", log=print):
     """neighbours.png, tokens.png and, of OUT/metrics.jsonl, curves.png in OUT/scores: their paths.
-    table: labelled cells that training has not seen; untrained, trained: as --weights."""
+    table: cells that training has not seen; untrained, trained: as --weights."""
     cells, folder = ev.read_cells(str(table)), Path(out, "scores")
     image = augment.read_image(cells.files[0])
     crops, pictures, features = torch.cat(list(ev.crops_of(cells, crop, 224))), {"image": image}, {}
@@ -257,11 +250,12 @@ def gallery(figure, tile, recipe="reddino", seed=0, window=None):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Draw every transform by name on an image.")
-    parser.add_argument("image")
-    parser.add_argument("-o", "--out", default="gallery.png")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--augment", choices=augment.RECIPES, default="reddino")
-    parser.add_argument("--window", nargs=2, type=float)
+    add = parser.add_argument
+    add("image")
+    add("-o", "--out", default="gallery.png")
+    add("--seed", type=int, default=0)
+    add("--augment", choices=augment.RECIPES, default="reddino")
+    add("--window", nargs=2, type=float)
     parser.error = lambda text: parser.exit(2, f"figures.py: error: {printable(text, 2000)}\n")
     args = parser.parse_args(argv)
     try:
