@@ -1,4 +1,4 @@
-"""cells.py: every layout of tables and folders, crops, splits; what a user can get wrong."""
+"""eval.py's cells: every layout of tables and folders, crops, splits; what a user can get wrong."""
 
 import os
 
@@ -7,11 +7,9 @@ import pytest
 import torch
 from corpus import picture
 from PIL import Image
-from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+from sklearn.model_selection import StratifiedGroupKFold
 
 import eval as ev
-
-cl = ev
 from augment import UserError
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -48,7 +46,7 @@ def plain(n, groups=None, label=None, classes=("a", "b"), **more):
     label = np.arange(n) % 2 if label is None else label
     groups = np.arange(n) if groups is None else groups
     centre = np.full((n, 2), np.nan)
-    return cl.Cells([], np.arange(n), centre, label, list(classes), groups, groups, **more)
+    return ev.Cells([], np.arange(n), centre, label, list(classes), groups, groups, **more)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -58,12 +56,11 @@ def plain(n, groups=None, label=None, classes=("a", "b"), **more):
 @pytest.mark.parametrize("head, row", [
     ("image,label,xmin,xmax,ymin,ymax", "{i}.png,{l},{a},{b},{c},{d}"),  # as BCCD's
     ("image,label,x_min,y_min,x_max,y_max", "{i}.png,{l},{a},{c},{b},{d}"),
-    ("Image,Label,XMin,YMin,Width,Height", "{i}.png,{l},{a},{c},20,30"),
     ("image,label,y,x", "{i}.png,{l},{y},{x}"),
-], ids=["extent", "corners", "size", "centre"])  # fmt: skip
+], ids=["extent", "corners", "centre"])  # fmt: skip
 def test_boxes_are_taken_as_their_centres(head, row, tmp_path):
     data = draw_cells(tmp_path, 4)
-    expected = cl.read_cells(str(data))
+    expected = ev.read_cells(str(data))
     lines = [head]
     for i, (x, y), label in zip(expected.file, expected.centre, expected.label):
         a, b, c, d = int(x) - 10, int(x) + 10, int(y) - 15, int(y) + 15
@@ -71,7 +68,7 @@ def test_boxes_are_taken_as_their_centres(head, row, tmp_path):
         lines.append(row.format(i=i, l=label, a=a, b=b, c=c, d=d, x=int(x), y=int(y)))
     (tmp_path / "boxes.csv").write_text("\n".join(lines))
     said = []
-    found = cl.read_cells(str(tmp_path / "boxes.csv"), log=said.append)
+    found = ev.read_cells(str(tmp_path / "boxes.csv"), log=said.append)
     np.testing.assert_array_equal(found.centre, expected.centre)
     assert found.label.tolist() == expected.label.tolist() and said == []
 
@@ -94,11 +91,11 @@ def test_one_row_is_one_feature(tmp_path):
     again = ["3.png,a,p1,test", *rows, *rows[5:8]]
     (tmp_path / "twice.csv").write_text("\n".join(["image,label,group,split", *again]))
     backbone, features = ev.load_backbone("pixels", device="cpu"), {}
-    once = cl.read_cells(str(tmp_path / "once.csv"))
-    x = ev.embed("pixels", backbone, once, 80, None, cl.quiet)
+    once = ev.read_cells(str(tmp_path / "once.csv"))
+    x = ev.embed("pixels", backbone, once, 80, None, ev.quiet)
     features = {os.path.basename(once.files[f]): row for f, row in zip(once.file, x)}
-    twice = cl.read_cells(str(tmp_path / "twice.csv"))
-    x = ev.embed("pixels", backbone, twice, 80, None, cl.quiet)
+    twice = ev.read_cells(str(tmp_path / "twice.csv"))
+    x = ev.embed("pixels", backbone, twice, 80, None, ev.quiet)
     assert len(x) == len(twice.label) == 16
     for f, row in zip(twice.file, x):
         assert torch.equal(row, features[os.path.basename(twice.files[f])])
@@ -112,22 +109,22 @@ def test_class_folders_with_and_without_a_split(tmp_path):
     draw_images(tmp_path, names)
     draw_images(tmp_path, ["Train/.ipynb_checkpoints/0.png", ".Trash-1000/a/0.png"], 1)
     said = []
-    cells = cl.read_cells(str(tmp_path), log=said.append)
-    assert cells.classes == ["a", "b"] and len(cells.label) == 12
+    cells = ev.read_cells(str(tmp_path), log=said.append)
+    assert cells.classes == ["a", "b"] and len(cells.label) == 18
     for f, part in zip(cells.file, cells.split):
         assert ("Train" in cells.files[f]) == (part == "train")
-    assert said == ["cells whose split is valid are left out"]
-    ((train, test),) = cl.make_splits(cells, 5, 0, cl.quiet)["the folders' split"]
+        assert ("test" in os.path.relpath(cells.files[f], tmp_path)) == (part == "test")
+    ((train, test),) = ev.make_splits(cells, 5, 0, ev.quiet)["the given split"]
     assert len(train) == len(test) == 6
     (tmp_path / "test").rename(tmp_path / "elsewhere")
-    cells = cl.read_cells(str(tmp_path), log=said.append)  # where there is no test, val is asked
+    cells = ev.read_cells(str(tmp_path), log=said.append)  # where there is no test, val is asked
     assert cells.classes == ["a", "b"] and sorted({*cells.split}) == ["test", "train"]
-    assert "only Train, valid are used" in said[1]
+    assert "only Train, valid are used" in said[0]
     linked = tmp_path / "linked"
     linked.mkdir()
     for c in "ab":
         os.symlink(tmp_path / "Train" / c, linked / c)  # as on clusters
-    cells = cl.read_cells(str(linked))
+    cells = ev.read_cells(str(linked))
     assert cells.classes == ["a", "b"] and len(cells.label) == 6
 
 
@@ -139,7 +136,7 @@ def test_split_is_understood_as_people_write_it(train, test, tmp_path):
     draw_images(tmp_path, [f"{i}.png" for i in range(8)])
     rows = [f"{i}.png,{'ab'[i % 2]},{train if i < 4 else test}" for i in range(8)]
     (tmp_path / "t.csv").write_text("\n".join(["image,label,split", *rows]))
-    cells = cl.read_cells(str(tmp_path / "t.csv"))
+    cells = ev.read_cells(str(tmp_path / "t.csv"))
     assert cells.split.tolist() == ["train"] * 4 + ["test"] * 4
 
 
@@ -148,30 +145,29 @@ def test_what_spreadsheets_write(tmp_path):
     rows = [f"img\\{i}.png, {'ab'[i % 2]} " for i in range(8)]
     text = "\r\n".join(["Image,Label", *rows, ",", ""])
     (tmp_path / "t.csv").write_bytes(text.encode("utf-8-sig"))
-    cells = cl.read_cells(str(tmp_path / "t.csv"))
+    cells = ev.read_cells(str(tmp_path / "t.csv"))
     assert cells.classes == ["a", "b"] and len(cells.label) == 8
 
 
 def test_split_column_and_groups(tmp_path):
     draw_cells(tmp_path)
     lines = (tmp_path / "cells.csv").read_text().split()
-    side = ["train", "train", "train", "test", "other", "train", "test", "test"]
+    side = ["train", "train", "train", "test", "val", "train", "test", "test"]
     split = [lines[0] + ",split"] + [f"{line},{side[int(line[0])]}" for line in lines[1:]]
     (tmp_path / "split.csv").write_text("\n".join(split))
     said = []
     result = ev.evaluate(tmp_path / "split.csv", ["colour"], ["knn"], crop=24, log=said.append)
     rows = {(r["protocol"], r["split"]): r for r in result["rows"]}
-    assert result["cells"] == 56 and rows["1-NN", "the CSV's split"]["cells"] == 24
-    assert "cells whose split is other are left out" in said
-    cells = cl.read_cells(str(tmp_path / "split.csv"))
-    for train, test in cl.make_splits(cells, 5, 0)["one source left out"]:
+    assert result["cells"] == 64 and rows["1-NN", "the given split"]["cells"] == 24
+    cells = ev.read_cells(str(tmp_path / "split.csv"))
+    for train, test in ev.make_splits(cells, 5, 0)["one source left out"]:
         assert (cells.split[train] == "train").all() and (cells.split[test] == "test").all()
         assert not set(cells.source[train]) & set(cells.source[test])
 
     grouped = [lines[0] + ",group"] + [f"{line},patient{int(line[0]) % 4}" for line in lines[1:]]
     (tmp_path / "grouped.csv").write_text("\n".join(grouped))
-    cells = cl.read_cells(str(tmp_path / "grouped.csv"))
-    splits = cl.make_splits(cells, 5, 0)
+    cells = ev.read_cells(str(tmp_path / "grouped.csv"))
+    splits = ev.make_splits(cells, 5, 0)
     assert list(splits) == ["4 folds by group", "one source left out"]
     assert len(splits["4 folds by group"]) == 4
 
@@ -183,15 +179,15 @@ def test_one_image_under_two_names_is_one_image(tmp_path):
     rows = [f"{line},{'train' if line[0] in '01' else 'test'}" for line in lines]
     table = [head + ",split", *rows, "copy.png,20,30,dark,a,test"]
     (tmp_path / "copied.csv").write_text("\n".join(table))
-    cells, said = cl.read_cells(str(tmp_path / "copied.csv")), []
+    cells, said = ev.read_cells(str(tmp_path / "copied.csv")), []
     assert cells.by == "image" and len(set(cells.group)) == 4 and len(cells.files) == 5
-    train, _ = cl.make_splits(cells, 5, 0, said.append)["the CSV's split"][0]
+    train, _ = ev.make_splits(cells, 5, 0, said.append)["the given split"][0]
     assert set(cells.file[train]) == {1} and "8 cells are not trained on" in said[0]
     rows = [f"{line[:-2]},{line[0]}" for line in lines]
     table = [head.replace("source", "group"), *rows, "copy.png,20,30,dark,4"]  # another patient
     (tmp_path / "grouped.csv").write_text("\n".join(table))
-    cells = cl.read_cells(str(tmp_path / "grouped.csv"))
-    for train, test in cl.make_splits(cells, 5, 0, said.append)["5 folds by group"]:
+    cells = ev.read_cells(str(tmp_path / "grouped.csv"))
+    for train, test in ev.make_splits(cells, 5, 0, said.append)["5 folds by group"]:
         for part, other in ((train, test), (test, train)):
             assert not ({0, 4} & set(cells.file[part]) and {0, 4} & set(cells.file[other]))
 
@@ -211,18 +207,38 @@ def test_slices_are_scored_through_their_window(tmp_path):
     """Values in a window are what the picture is that the window makes of them: crops, features."""
     draw_cells(tmp_path)
     table = slices(tmp_path)
-    grey = cl.read_cells(str(tmp_path / "cells.csv"))
-    cells = cl.read_cells(str(table), window=(0, 2000))
-    for mine, theirs in zip(cl.crops_of(cells, 24, 224), cl.crops_of(grey, 24, 224)):
+    grey = ev.read_cells(str(tmp_path / "cells.csv"))
+    cells = ev.read_cells(str(table), window=(0, 2000))
+    for mine, theirs in zip(ev.crops_of(cells, 24, 224), ev.crops_of(grey, 24, 224)):
         assert (mine == mine[:, :1]).all()
         assert (mine[:, 0].int() - theirs[:, 0].int()).abs().max() <= 1
-    narrow = cl.read_cells(str(table), window=(0, 1))
+    narrow = ev.read_cells(str(table), window=(0, 1))
     assert len({cells.digest, narrow.digest, grey.digest}) == 3  # no hits in each other's cache
-    results = ev.evaluate(table, ["pixels"], ["knn"], 24, tmp_path / "out", log=cl.quiet,
+    results = ev.evaluate(table, ["pixels"], ["knn"], 24, tmp_path / "out", log=ev.quiet,
                           window=(0, 2000))  # fmt: skip
     assert results["window"] == (0, 2000) and results["rows"][0]["accuracy"] == 1
     with pytest.raises(UserError, match="all cells are of one image"):  # all is white there
-        cl.read_cells(str(table), window=(-5000, 10))
+        ev.read_cells(str(table), window=(-5000, 10))
+
+
+def test_a_group_of_dicom_files_is_the_patient(tmp_path):
+    """Without a column `group`: in class folders, and in tables that name files."""
+    pydicom = pytest.importorskip("pydicom")
+    slice_ = pydicom.dcmread(pydicom.data.get_testdata_file("CT_small.dcm"))
+    pixels, rows = slice_.pixel_array, ["image,label"]
+    for i in range(8):
+        folder = tmp_path / "ab"[i % 2]
+        folder.mkdir(exist_ok=True)
+        slice_.PatientID = f"patient {i // 2 % 3}"
+        slice_.PixelData = np.roll(pixels, i).tobytes()  # no two are the same image
+        slice_.save_as(folder / f"{i}.dcm")
+        rows.append(f"{folder.name}/{i}.dcm,{folder.name}")
+    (tmp_path / "t.csv").write_text("\n".join(rows))
+    for data in (tmp_path, tmp_path / "t.csv"):
+        cells = ev.read_cells(str(data), window=(40, 400))
+        number = [int(os.path.basename(cells.files[f])[0]) // 2 % 3 for f in cells.file]
+        assert cells.by == "patient" and len({*zip(cells.group, number)}) == 3
+        assert list(ev.make_splits(cells, 5, 0, ev.quiet)) == ["3 folds by patient"]
 
 
 def test_a_crop_goes_on_at_the_edge(tmp_path):
@@ -231,7 +247,7 @@ def test_a_crop_goes_on_at_the_edge(tmp_path):
     padded = np.pad(image, ((30, 30), (30, 30), (0, 0)), mode="edge")
     for side in (24, 25):
         centres = np.array([(0, 0), (20.4, 10.6), (49, 40)])
-        found = cl.cut(str(tmp_path / "smear.png"), centres, side, 999).permute(0, 2, 3, 1).numpy()
+        found = ev.cut(str(tmp_path / "smear.png"), centres, side, 999).permute(0, 2, 3, 1).numpy()
         for crop, (x, y) in zip(found, [(0, 0), (20, 11), (49, 40)]):
             x, y = x + 30 - side // 2, y + 30 - side // 2
             np.testing.assert_array_equal(crop, padded[y : y + side, x : x + side])
@@ -242,12 +258,12 @@ def test_a_large_crop_is_shrunk_before_it_takes_memory(tmp_path):
     image = picture(300, 400)
     Image.fromarray(image).save(tmp_path / "smear.png")
     centres = np.array([(200.0, 150.0)] * 3)
-    crops = cl.cut(str(tmp_path / "smear.png"), centres, 3000, 224)
+    crops = ev.cut(str(tmp_path / "smear.png"), centres, 3000, 224)
     assert crops.shape == (3, 3, 224, 224)
-    whole = cl.cut(str(tmp_path / "smear.png"), centres, 200, 999)
-    small = cl.cut(str(tmp_path / "smear.png"), centres, 200, 32)
+    whole = ev.cut(str(tmp_path / "smear.png"), centres, 200, 999)
+    small = ev.cut(str(tmp_path / "smear.png"), centres, 200, 32)
     cpu = torch.device("cpu")
-    found, expected = (cl.network_input(x, (32, 32), cpu) for x in (small, whole))
+    found, expected = (ev.network_input(x, (32, 32), cpu) for x in (small, whole))
     assert torch.equal(found, expected)
 
 
@@ -256,7 +272,7 @@ def test_whole_image_keeps_its_shape(tmp_path):
     image = np.full((10, 40, 3), 200, np.uint8)
     image[3:7, 5:35] = 50
     Image.fromarray(image).save(tmp_path / "long.png")
-    crop = cl.cut(str(tmp_path / "long.png"), np.full((1, 2), np.nan), 80, 40)[0, 0].numpy()
+    crop = ev.cut(str(tmp_path / "long.png"), np.full((1, 2), np.nan), 80, 40)[0, 0].numpy()
     np.testing.assert_array_equal(crop[15:25], image[..., 0])
     assert (crop[:15] == 200).all() and (crop[25:] == 200).all()
 
@@ -264,7 +280,7 @@ def test_whole_image_keeps_its_shape(tmp_path):
 def test_network_input_is_pillows_bicubic_of_bytes():
     image = picture(80, 80)
     x = torch.from_numpy(image).permute(2, 0, 1)[None]
-    found = cl.network_input(x, (32, 32), torch.device("cpu"))[0]
+    found = ev.network_input(x, (32, 32), torch.device("cpu"))[0]
     small = np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC)) / 255
     expected = (small - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     assert np.abs(found.permute(1, 2, 0).numpy() - expected).max() < 2.5 / 255 / 0.22  # grey levels
@@ -284,7 +300,7 @@ def test_folds_keep_groups_whole_and_classes_even():
         groups = rng.permutation(1000)[rng.integers(0, 80, 1500)]
         labels = rng.choice(6, 1500, p=[0.5, 0.2, 0.1, 0.1, 0.07, 0.03])
         labels = (labels + groups) % 6  # classes cluster in groups
-        fold = cl.group_folds(groups, labels, 5, seed)
+        fold = ev.group_folds(groups, labels, 5, seed)
         assert set(fold) == {0, 1, 2, 3, 4}
         assert all(len(set(fold[groups == g])) == 1 for g in set(groups))
         reference = np.zeros(1500, int)
@@ -297,29 +313,19 @@ def test_folds_keep_groups_whole_and_classes_even():
             return np.abs(np.array(counts) / np.bincount(labels) - 0.2).mean()
 
         assert unevenness(fold) < 1.2 * unevenness(reference)
-    assert set(cl.group_folds(np.array([7, 7, 9]), np.array([0, 1, 0]), 5)) == {0, 1}  # two groups
-
-
-def test_stratified_folds_are_scikit_learns():
-    rng = np.random.default_rng(0)
-    for n in (50, 101, 333):
-        labels = np.concatenate([rng.choice(4, n, p=[0.1, 0.5, 0.2, 0.2]), np.arange(4).repeat(5)])
-        labels[:4] = 3, 0, 2, 1  # classes are dealt as they come
-        fold = cl.stratified_folds(labels, 5)
-        for f, (_, test) in enumerate(StratifiedKFold(5).split(labels, labels)):
-            np.testing.assert_array_equal(np.flatnonzero(fold == f), test)
+    assert set(ev.group_folds(np.array([7, 7, 9]), np.array([0, 1, 0]), 5)) == {0, 1}  # two groups
 
 
 def test_a_class_in_one_group_is_said():
     cells, said = plain(40, np.arange(40) // 4, (np.arange(40) < 4).astype(int), by="group"), []
-    cl.make_splits(cells, 5, 0, said.append)
+    ev.make_splits(cells, 5, 0, said.append)
     assert any("class 'b' is in one group only" in s for s in said)
 
 
 def test_chula_is_read():
     if not os.path.exists(CHULA):
         pytest.skip("Chula RBC-12 is not here (environment variable CHULA)")
-    cells = cl.read_cells(os.path.join(CHULA, "cells.csv"), ["uncategorised"])
+    cells = ev.read_cells(os.path.join(CHULA, "cells.csv"), ["uncategorised"])
     assert (len(cells.label), len(cells.classes), len(cells.files)) == (18561, 12, 499)
     assert len(np.unique(cells.group)) == 481  # 18 files are there twice
 
@@ -363,44 +369,41 @@ BOX = "image,label,xmin,xmax,ymin,ymax"
 MISTAKES = {
     "no such data": (lambda t: ["--data", t / "no", "--weights", "pixels"], "No such file"),
     "no classes": (lambda t: ["--data", t, "--weights", "pixels"], "0 cells, not of two classes"),
-    "an empty file": (raw(b""), "no column image"),
+    "an empty file": (raw(b""), "It needs, between commas"),
     "a header alone": (raw(b"image,label\n"), "0 cells, not of two classes"),
     "UTF-16": (raw("image,label\na.png,b\n".encode("utf-16")), "as a CSV in UTF-8"),
-    "a zero byte": (raw(b"image,label\n0\0.png,a\n1.png,b"), "which is not there"),
-    "semicolons": (edited(lambda s: [line.replace(",", ";") for line in s]), "line 1: columns"),
+    "a zero byte": (raw(b"image,label\n0\0.png,a\n1.png,b"), "png is not there"),
+    "semicolons": (edited(lambda s: [line.replace(",", ";") for line in s]), "between commas"),
     "an unquoted comma": (edited(lambda s: [*s[:3], "1.png,20,30,sickle, old,a", *s[4:]]),
                           "line 4: more or fewer values"),
     "too few values": (edited(lambda s: [*s[:3], "1.png,20,30", *s[4:]]), "line 4: more or fewer"),
-    "no label": (edited(lambda s: [s[0].replace("label", "class"), *s[1:]]), "no column label"),
-    "two labels": (edited(lambda s: [s[0].replace("source", "Label"), *s[1:]]), "label, or two"),
-    "x without y": (edited(lambda s: [s[0].replace(",y,", ",z,"), *s[1:]]), "no column y"),
-    "half a box": (edited(lambda s: [BOX[:-5], "0.png,a,1,2,3"]), "a box needs"),
+    "no label": (edited(lambda s: [s[0].replace("label", "class"), *s[1:]]), "once: image, label"),
+    "two labels": (edited(lambda s: [s[0].replace("source", "Label"), *s[1:]]), "label, label. It"),
+    "x without y": (edited(lambda s: [s[0].replace(",y,", ",z,"), *s[1:]]), "x, y (the centre"),
+    "half a box": (edited(lambda s: [BOX[:-5], "0.png,a,1,2,3"]), "or xmin, xmax, ymin, ymax"),
     "a corner or a centre": (edited(lambda s: ["image,label,x,y,width,height", "0.png,a,1,2,3,4"]),
-                             "A corner is called xmin, ymin"),
+                             "without width, height"),
     "x is no number": (edited(lambda s: [s[0], "0.png,left,3,a,a", *s[2:]]), "2: x is 'left'"),
     "x is nan": (edited(lambda s: [s[0], "0.png,nan,30,a,a", *s[2:]]), "line 2: x is 'nan'"),
     "an empty label": (edited(lambda s: [s[0], "0.png,20,30,,a", *s[2:]]), "2: label is ''"),
     "fractions": (edited(lambda s: [s[0], *FEW]), "fractions"),
-    "an unknown image": (edited(lambda s: [*s[:-1], "9.png,20,30,dark,a"]), "which is not there"),
-    "outside": (edited(lambda s: [*s[:-1], "1.png,500,30,dark,a"]), "x=500, y=30 is outside"),
+    "an unknown image": (edited(lambda s: [*s[:-1], "9.png,20,30,dark,a"]), "png is not there"),
+    "outside": (edited(lambda s: [*s[:-1], "1.png,500,30,dark,a"]), "[500.0, 30.0] is outside"),
     "one member": (edited(lambda s: [*s[:-1], "1.png,50,30,burr,a"]), "'burr' has one cell"),
     "one class": (edited(lambda s: [line.replace("dark", "bright") for line in s]), "of two"),
     "one image": (edited(lambda s: s[:9]), "all cells are of one image"),
     "an unknown split": (edited(lambda s: [line.replace("source", "split") for line in s]),
-                         "split holds a, b: write train and test"),
+                         "line 2: split is 'a'"),
     "no study": (given("--protocols", "study"), "column `group` has to say"),
-    "a study of two labels": (edited(lambda s: [
-        s[0] + ",group,study_label", *(f"{line},p,{i % 2}" for i, line in enumerate(s[1:-1]))]),
-        "all cells are of one group"),
     "an escape": (edited(lambda s: [line.replace("dark", "\x1b[31m") for line in s[:9]]),
                   "all cells are of one image"),
-    "a color": (given(weights="color"), "such file or name; is it colour?"),
+    "a color": (given(weights="color"), "color: no such file, nor one of"),
     "an escape in a name": (given(weights="\x1b[31mred\x07"), r"\x1b[31mred\x07: no such file"),
-    "unknown weights": (given(weights="resnet5000"), "is it resnet50?"),
+    "unknown weights": (given(weights="resnet5000"), "nor one of torchvision's, pixels, colour"),
     "no checkpoint": (given(weights="TMP/0.png"), "0.png"),
     "unknown protocol": (given("--protocols", "knnn"), "knnn"),
-    "unknown tuning": (given("--finetune", "loras"), "choose from full, head, lora"),
-    "unknown features": (given("--features", "patch"), "choose from cls, cls+mean"),
+    "unknown tuning": (given("--finetune", "loras"), "loras: choose from cls"),
+    "unknown features": (given("--features", "patch"), "patch: choose from cls, cls+mean"),
     "unknown option": (given("--corp", "9"), "--corp"),
     "a size": (given("--size", "65", weights="random"), "65"),
     "an unknown label to drop": (given("--drop-label", "x"), "bright"),
