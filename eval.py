@@ -189,7 +189,9 @@ def read_cells(data, drop_labels=(), window=None, log=quiet):
             (counts.min() < 2, f"class {classes[counts.argmin()]!r} has one cell, which can't be "
              "both learnt and tested; label more of it or leave it out with --drop-label"),
             (split is None and len(set(groups[by])) < 2, f"all cells are of one {by}"),
-            (centre.max() <= 1, "x and y look like fractions of the image's size, not pixels")):
+            (centre.max() <= 1, "x and y look like fractions of the image's size, not pixels"),
+            (study is not None and len({*zip(groups[by], study)}) > len(set(groups[by])),
+             "study_label has two values in one group")):
         if wrong:
             raise UserError(f"{data}: {text}")
     content = hashlib.sha256(repr([(row["content"], *row["centre"]) for row in rows]).encode())

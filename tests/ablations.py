@@ -335,7 +335,7 @@ def main():
     try:
         smears, path = prepare(args.chula, args.out)
         cells = ev.read_cells(str(path))
-        parts = ev.make_splits(cells, 5, 0, ev.quiet)["the CSV's split"][0]
+        parts = ev.make_splits(cells, 5, 0, ev.quiet)["the given split"][0]
         text = LINES.read_text() if LINES.exists() else ""
         done = [json.loads(line) for line in text.splitlines()]
         if args.table:

@@ -395,6 +395,9 @@ MISTAKES = {
     "an unknown split": (edited(lambda s: [line.replace("source", "split") for line in s]),
                          "line 2: split is 'a'"),
     "no study": (given("--protocols", "study"), "column `group` has to say"),
+    "two labels of a study": (edited(lambda s: [
+        s[0].replace("source", "group") + ",study_label", *[f"{r[:-1]}g{r[0]},{i}"
+        for i, r in enumerate(s[1:]) if r]]), "study_label has two values in one group"),
     "an escape": (edited(lambda s: [line.replace("dark", "\x1b[31m") for line in s[:9]]),
                   "all cells are of one image"),
     "a color": (given(weights="color"), "color: no such file, nor one of"),
