@@ -323,7 +323,7 @@ def test_features_are_scored_meanwhile(images, tables, tmp_path, monkeypatch, ca
     )
     judged = {row["protocol"]: row["weighted_f1"] for row in table["rows"]}
     assert judged["20-NN"] == pytest.approx(found[9][0])
-    assert f"knn {100 * found[9][0]:.1f}" in capsys.readouterr().out
+    assert f"knn {found[9][0]:.3f}" in capsys.readouterr().out
 
     cut(monkeypatch, 5, images, tmp_path / "cut", save_every=2, lr=0.05)
     go(images, tmp_path / "cut", monitor, save_every=2, lr=0.05)
@@ -515,7 +515,9 @@ def test_a_closed_terminal_and_a_closed_pipe_save(images, tmp_path):
     )
     run.stdout.readline()
     run.stdout.close()  # | head -1
-    assert run.wait(60) == 128 + signal.SIGTERM and "Traceback" not in run.stderr.read()
+    assert run.wait(60) == 2
+    said = run.stderr.read()
+    assert said.startswith("reddino.py: error: ") and said.count("\n") == 1
     run.stderr.close()
     assert checkpoint(tmp_path / "pipe")["step"] == len(losses(tmp_path / "pipe")) > 0
 
@@ -602,7 +604,7 @@ def test_three_in_a_row_stop_the_run(images, tmp_path, monkeypatch, capsys):
     )
     assert "three" in main(capsys, options(images, tmp_path))
     saved = checkpoint(tmp_path)
-    assert saved["step"] in (3, 6)
+    assert saved["step"] == 7
     assert all(
         torch.isfinite(t).all() for net in ("student", "teacher") for t in saved[net].values()
     )
@@ -834,6 +836,7 @@ center.update(center(mine, 0.1)[1])
 torch.save({"uneven": reddino.sinkhorn_knopp(mine, 0.05), "one has none": reddino.sinkhorn_knopp(empty, 0.05),
             "center": center.center}, sys.argv[2] + str(rank))
 threads("at work")
+reddino.leave_processes()
 '''
 
 
@@ -934,10 +937,8 @@ def test_a_bad_number_in_one_process_skips_the_step_in_all(two, images):
     assert [s["skipped"] for s in metrics(folder / "nan")] == [False, False, True, False]
     tiles, steps = drawn(images, 2, iters=4)
     wanted = {tiles.file_of(p) for rank in steps[2] for _, p, _ in rank}
-    (text,) = [text for text in said.splitlines() if "not finite" in text]
-    assert all(
-        repr(path) in text for path in wanted
-    )  # those of the process whose number it was, too
+    said = "".join(text for text in said.splitlines() if "not finite" in text)
+    assert all(repr(path) in said for path in wanted)  # each process names its own
 
 
 def test_resuming_on_another_number_of_processes_says_so(two, images, capsys):
