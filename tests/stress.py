@@ -92,11 +92,11 @@ def finish(run: subprocess.Popen, out: Path):
     assert run.wait(3600) == 0, out.with_suffix(".log").read_text()[-3000:]
 
 
-def one_round(n: int, data: Path, out: Path, iters: int, startup: float, chance, say) -> dict:
+def one_round(n: int, data: Path, out: Path, iters: int, startup: float, most, chance, say) -> dict:
     """Start, kill, look: {"starting" or "training": 1, "redone": steps, "took": seconds}."""
     before, step = len(lines(out)), saved(out) if n else 0
     kind = "training" if n == 0 or chance.random() < 0.8 else "starting"
-    wait, steps = startup * chance.random(), chance.randint(1, 60)
+    wait, steps = startup * chance.random(), chance.randint(1, most)
     until = min(step + steps + 6 * (n == 0), iters - 9)  # it must not end before it is killed
     run, began = start(data, out, iters), time.monotonic()
 
@@ -114,16 +114,17 @@ def one_round(n: int, data: Path, out: Path, iters: int, startup: float, chance,
     return {kind: 1, "redone": there - after, "took": took}
 
 
-def stress(folder: Path, rounds: int, seed: int = 0, say=print) -> dict:
-    """The summary, as a dict; AssertionError where something was lost."""
+def stress(folder: Path, rounds: int, seed: int = 0, say=print, steps: int = 40) -> dict:
+    """The summary, as a dict; AssertionError where something was lost. steps: of a round."""
     smears.draw(folder / "smears", 4, seed)
     data, out, whole = folder / "smears/smears", folder / "out", folder / "whole"
-    iters, chance, began = 40 * rounds, random.Random(seed), time.monotonic()
+    iters, chance, began = steps * rounds, random.Random(seed), time.monotonic()
     run = start(data, whole, iters)
     wait_until(run, whole, lambda: lines(whole))
     startup = time.monotonic() - began
     finish(run, whole)
-    found = [one_round(n, data, out, iters, startup, chance, say) for n in range(rounds)]
+    most = 3 * steps // 2  # until it is killed
+    found = [one_round(n, data, out, iters, startup, most, chance, say) for n in range(rounds)]
     finish(start(data, out, iters), out)
     ours, theirs = losses(out), losses(whole)
     assert [step["step"] for step in ours] == list(range(iters))

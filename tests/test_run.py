@@ -231,10 +231,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(
 
 
 def test_killed_at_any_moment(tmp_path):
-    """Three rounds of tests/stress.py: two processes under torchrun, kill -9 at a random moment,
-    bit for bit."""
-    summary = stress(tmp_path, rounds=3)
-    assert summary["rounds"] == 3 and summary["unreadable_checkpoints"] == 0
+    """Two short rounds of tests/stress.py: two processes under torchrun, kill -9 at a random
+    moment, bit for bit."""
+    summary = stress(tmp_path, rounds=2, steps=12)
+    assert summary["rounds"] == 2 and summary["unreadable_checkpoints"] == 0
 
 
 SLOW = """
@@ -323,7 +323,7 @@ def test_features_are_scored_meanwhile(images, tables, tmp_path, monkeypatch, ca
     )
     judged = {row["protocol"]: row["weighted_f1"] for row in table["rows"]}
     assert judged["20-NN"] == pytest.approx(found[9][0])
-    assert f"knn {found[9][0]:.3f}" in capsys.readouterr().out
+    assert f"knn {found[9][0]:.4g}" in capsys.readouterr().out
 
     cut(monkeypatch, 5, images, tmp_path / "cut", save_every=2, lr=0.05)
     go(images, tmp_path / "cut", monitor, save_every=2, lr=0.05)
@@ -358,11 +358,13 @@ def test_a_frozen_backbone_waits_for_its_heads(images, tmp_path, monkeypatch):
     assert rates == pytest.approx([0, 0, 0, 0, 0.25, 0.5, 0.75, 1, 1])
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_blocks_train_as_plain_ones(images, tmp_path, monkeypatch):
-    monkeypatch.setitem(reddino.ARCHS, "nano", reddino.ARCHS["nano"] | dict(depth=1))
-    go(images, tmp_path, iters=2, local_crops=0, drop_path=0.0, compile=True)
-    go(images, tmp_path / "plain", iters=2, local_crops=0, drop_path=0.0)
+    """Traced, differentiated and cut at graph breaks as on a GPU; only C++ is not made of it."""
+    traced = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", traced)
+    more = dict(iters=2, local_crops=0, drop_path=0.0)
+    go(images, tmp_path, compile=True, **more)
+    go(images, tmp_path / "plain", **more)
     for a, b in zip(losses(tmp_path), losses(tmp_path / "plain"), strict=True):
         assert a == pytest.approx(b, rel=1e-4)
 
@@ -476,7 +478,7 @@ def test_data_that_moved_goes_on_and_others_are_told(images, whole, tmp_path, mo
 
 def test_two_runs_in_one_folder(images, tmp_path, capsys):
     (tmp_path / "out").mkdir()
-    held = reddino.lock(str(tmp_path / "out"))
+    held = reddino.lock(tmp_path / "out")
     assert "another run" in main(capsys, options(images, tmp_path / "out"))
     held.close()
     go(images, tmp_path / "out", iters=1)
@@ -804,7 +806,8 @@ from reddino import DINO
 
 def threads(when):
     names = [task.read_text() for task in Path("/proc/self/task").glob("*/comm")]
-    print(f"rank {rank} {sum('gloo' in name for name in names)} of gloo's threads {when}", flush=True)
+    count = sum("gloo" in name for name in names)
+    print(f"rank {rank} {count} of gloo's threads {when}", flush=True)
 
 atexit.register(threads, "when Python goes")  # the first registered is the last to run
 rank, teach, forward = int(os.environ["RANK"]), DINO.teacher_targets, DINO.forward
@@ -833,8 +836,9 @@ mine = logits[:3] if rank == 0 else logits[3:]
 empty = logits if rank == 0 else logits[:0]  # a process may hold no row at all
 center = reddino.MovingAverage(logits.shape[1]).double()
 center.update(center(mine, 0.1)[1])
-torch.save({"uneven": reddino.sinkhorn_knopp(mine, 0.05), "one has none": reddino.sinkhorn_knopp(empty, 0.05),
-            "center": center.center}, sys.argv[2] + str(rank))
+found = {"uneven": reddino.sinkhorn_knopp(mine, 0.05), "center": center.center,
+         "one has none": reddino.sinkhorn_knopp(empty, 0.05)}
+torch.save(found, sys.argv[2] + str(rank))
 threads("at work")
 reddino.leave_processes()
 '''
@@ -844,8 +848,8 @@ def torchrun(tmp_path, jobs, logits=None):
     (tmp_path / "driver.py").write_text(SMALL + DRIVER)
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     torch.save(torch.zeros(4, 2) if logits is None else logits, tmp_path / "logits.pt")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "driver.py",
-               "jobs.json", str(tmp_path / "logits.pt")]  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["driver.py", "jobs.json", str(tmp_path / "logits.pt")]
     return subprocess.run(
         command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=180
     )
@@ -870,7 +874,6 @@ def two(images, tmp_path_factory):
         {"name": "stopped", "options": short, "stop": 4},
         {"name": "resumed", "options": short},
         {"name": "uncut", "options": {**short, "out": str(folder / "uncut")}},
-        # fmt: skip
         {"name": "nan", "options": options(images, folder / "nan", iters=4), "nan": 2},
     ]
     logits = torch.randn(10, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
