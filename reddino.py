@@ -834,12 +834,14 @@ def list_skipped(path, faults, files):
     """Lists unreadable files, {path: reason}, each once; says so. UserError when they are most."""
     listed = path.read_text("utf-8").splitlines() if path.exists() else []
     new = sorted({str(BadImage(*fault)) for fault in faults.items()} - set(listed))
+    if not new:
+        return ""
     with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines(line + "\n" for line in new)
-    said = f"{len(listed + new)} unreadable files are listed in {path}, e.g. {new[:1]}"
+    said = f"{len(listed + new)} files can't be read, {path} lists them; e.g. {new[0]}"
     if len(listed + new) > files / 2:
-        raise UserError(f"more than half of the files can't be read: {said}")
-    return said if new else ""
+        raise UserError(f"more than half: {said}")
+    return said
 
 # ----------------------------------------
 # Devices and processes. torchrun starts a process for each GPU. Each reads files and trains on its
@@ -1007,9 +1009,9 @@ def train_in(out, cfg, monitor, at_end):
         f"{device.type}, {dtype}", *tiles.notes, note)
     workers = min(cores(), 16 if gpu else 1) if cfg.workers < 0 else cfg.workers
     loader = batches(cfg, tiles, step, student.patch_size, rank, world, workers, gpu)
-    at_end.callback(loader.close)
     caught = interrupts(at_end)
-    at_end.push(save_the_rest)  # the first to be done
+    at_end.callback(loader.close)
+    at_end.push(save_the_rest)  # the first to be done, signals the last
     last = deque(maxlen=-(-1024 * world // cfg.batch_size))  # batches that hold 1,024 images
     faults, bad_in_a_row, began, since = tiles.skipped, 0, step, time.monotonic()
     while step < cfg.iters:

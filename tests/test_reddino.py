@@ -814,16 +814,27 @@ def test_a_whole_step_on_the_meta_device():
     assert all(p.grad.shape == p.shape for p in model.student.parameters())
 
 
-def test_reddino_alone_loads_no_eval_and_as_a_script_is_evals_reddino(tmp_path):
-    code = "import sys, reddino; assert 'eval' not in sys.modules and 'smears' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(reddino.__file__).parent)
-    (tmp_path / "eval.py").write_text(
-        "import __main__, reddino\nassert reddino.DINO is __main__.DINO\n"
-        "def knn_monitor(*_): raise reddino.UserError('seen')"
-    )
-    command = [sys.executable, reddino.__file__, "--eval-data", "x", "--data", "x"]
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+SCRIPT = """
+import runpy, sys, types
+import reddino
+assert "eval" not in sys.modules and "smears" not in sys.modules
+del sys.modules["reddino"]
+
+def knn_monitor(*_):
+    import reddino
+    assert reddino.DINO is sys.modules["__main__"].DINO
+    raise reddino.UserError("seen")
+
+sys.modules["eval"] = types.SimpleNamespace(knn_monitor=knn_monitor)
+sys.argv = ["reddino.py", "--eval-data", "x", "--data", "x"]
+runpy.run_path("reddino.py", run_name="__main__")
+"""
+
+
+def test_reddino_alone_loads_no_eval_and_as_a_script_is_evals_reddino():
+    folder = Path(reddino.__file__).parent
+    command = [sys.executable, "-c", SCRIPT]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     assert run.returncode == 2 and run.stderr == "reddino.py: error: seen\n"
 
 
