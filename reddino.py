@@ -880,7 +880,8 @@ def start_processes(device):
     if world > 1 and not dist.is_initialized():
         from torch.distributed.nn import functional  # noqa: F401  (later it would hold the group)
 
-        dist.init_process_group(timeout=timedelta(minutes=10))
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=10))
     return int(os.environ.get("RANK", 0)), world
 
 def leave_processes():
@@ -1140,9 +1141,9 @@ def main(argv=None):
         leave_processes()
 
 def who_is_missing():
-    """After an exchange that failed: all processes are to answer within a minute."""
+    """After an exchange that failed: all processes are to answer within 15 s."""
     try:
-        dist.monitored_barrier(timeout=timedelta(minutes=1), wait_all_ranks=True)
+        dist.monitored_barrier(timeout=timedelta(seconds=15), wait_all_ranks=True)
     except (RuntimeError, ValueError) as missing:
         return f"a process does not answer: {' '.join(str(missing).split())}"
     return "an exchange between processes failed; start again"
