@@ -232,7 +232,7 @@ def supervised(x, y, test_x, classes: int, seed: int, steps: int) -> np.ndarray:
 
 def few(weights: list[str], draws: int, cells: ev.Cells, train: np.ndarray, test: np.ndarray):
     """Prints the weighted F1 on the smears never seen that comes of the labels of 10 cells a class
-    (mean and deviation of --draws draws), and of all: by a nano that learns from labels alone, and by
+    (mean and deviation of --draws draws), and of all: by a nano that learns from labels alone, by
     linear probes on what backbones say."""
     crops = torch.cat(list(ev.crops_of(cells, CROP, CROP)))
     y, n = torch.from_numpy(cells.label), len(cells.classes)
