@@ -14,6 +14,7 @@ import queue
 import random
 import signal
 import threading
+import time
 import warnings
 from collections import ChainMap, Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -801,7 +802,16 @@ def collate(samples):
     return *map(np.stack, views), list(indices), dict(ChainMap(*faults))
 
 def worker_init(_):
-    """A worker leaves signals to its parent, which finishes its step, and computes on one core."""
+    """A worker leaves signals to its parent, which finishes its step; it computes on one core, and
+    ends when its parent is gone: with nobody to take its batches it would wait for ever."""
+    parent = os.getppid()
+
+    def follow():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
     for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):  # Windows has no SIGHUP
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     torch.set_num_threads(1)

@@ -54,50 +54,53 @@ def opt(default, text, choices=None, low=0, high=10**9):
 
 @dataclasses.dataclass
 class Config:
-    data: list[str] = opt([], "folders of images")
-    out: str = opt("out", "folder that a run writes to and goes on in")
+    data: list[str] = opt([], "folders of images, searched recursively; each is a source")
+    out: str = opt("out", "folder of checkpoints, metrics, backbone.pth; a run goes on there")
     # what is trained
     arch: str = opt("vits14", "the backbone", ["nano", "vits14", "vitb14", "vitl14", "vitg14"])
-    init: str = opt("", "start from a file, dinov2_vits14, hf_hub:OWNER/NAME")
-    registers: int = opt(0, "register tokens (Darcet et al. 2024: 4)")
-    drop_path: float = opt(0.0, "stochastic depth (DINOv2: 0.3)", high=0.99)
-    prototypes: int = opt(131072, "K (DINOv2, short: 65536)", low=1, high=2**23)
-    separate_heads: bool = opt(False, "of class and patch tokens (DINOv2, long)")
+    init: str = opt("", "start from a backbone: a file, dinov2_vits14, ..., hf_hub:OWNER/NAME")
+    registers: int = opt(0, "register tokens (Darcet et al. 2024: 4; RedDino: none)", high=1024)
+    drop_path: float = opt(0.0, "stochastic depth (DINOv2: 0.3; RedDino, in effect: 0)", high=0.99)
+    prototypes: int = opt(131072, "K (RedDino, DINOv2 long; short: 65536)", low=1, high=2**23)
+    separate_heads: bool = opt(False, "a head for patches of their own (DINOv2 long)")
     # what it sees
-    unit: str = opt("tiles", "windows, or the cells in them", ["tiles", "cells"])
-    tile_size: list[int] = opt([224], "their pixels; 0: whole; several: all")
-    window: list[float] = opt([], "LEVEL WIDTH of deep grey", low=-math.inf)
-    global_size: int = opt(224, "pixels of a global view", low=1)
-    local_size: int = opt(98, "pixels of a local view", low=1)
-    local_crops: int = opt(1, "local views (DINOv2: 8)")
-    global_scale: float = opt(0.32, "their least share of a tile", low=0.06, high=1)
-    augment: str = opt("reddino", "pixel transforms, see augment.py", list(RECIPES))
-    balance: bool = opt(False, "draw from the folders evenly")
-    mix: int = opt(0, "images a batch comes from, 0: many")
+    unit: str = opt("tiles", "windows of images, or single cells found in them", ["tiles", "cells"])
+    tile_size: list[int] = opt([224], "their pixels (RedDino); 0: whole; several: all", high=10**5)
+    window: list[float] = opt([], "LEVEL WIDTH: what is seen of deep grey", low=-math.inf)
+    global_size: int = opt(224, "pixels of the global views (DINOv2)", low=1, high=10**4)
+    local_size: int = opt(98, "pixels of the local views (DINOv2 with patch 14)", low=1, high=10**4)
+    local_crops: int = opt(1, "local views of an image (RedDino: 1; DINOv2: 8)", high=100)
+    global_scale: float = opt(0.32, "least area share of a global view (DINOv2)", low=0.06, high=1)
+    augment: str = opt("reddino", "pixel transforms: RedDino's, an organ's, none", list(RECIPES))
+    balance: bool = opt(False, "draw from the folders evenly, whatever their sizes")
+    mix: int = opt(0, "images a batch is drawn from, 0: many; of one, stain tells nothing apart")
     # the objective
-    centering: str = opt("sinkhorn-knopp", "of targets", ["sinkhorn-knopp", "moving-average"])
-    koleo: float = opt(0.0, "weight of KoLeo (DINOv2: 0.1)")
-    ibot: float = opt(1.0, "weight of the patch-token loss")
-    teacher_temp: float = opt(0.07, "the teacher's, at first at most 0.04", low=1e-6)
-    teacher_temp_warmup: float = opt(3.0, "share of the run (30 epochs of 10)")
+    centering: str = opt("sinkhorn-knopp", "how targets are balanced (RedDino, DINOv2 long)",
+                         ["sinkhorn-knopp", "moving-average"])
+    koleo: float = opt(0.0, "weight of KoLeo (DINOv2: 0.1; RedDino takes it out)")
+    ibot: float = opt(1.0, "weight of the patch-token loss (DINOv2)")
+    teacher_temp: float = opt(0.07, "the teacher's, at first at most 0.04 (DINO)", low=1e-6)
+    teacher_temp_warmup: float = opt(3.0, "share of the run (RedDino: 30 epochs of 10; DINOv2: "
+                                          "0.3, 0.06)")
     # the optimiser
-    iters: int = opt(19500, "steps (10 x 1,950)", low=1)
-    batch_size: int = opt(560, "images a step, over all processes", low=1)
-    accumulate: int = opt(1, "micro-batches a step, for less memory", low=1)
-    lr: float = opt(2e-4, "peak, at batch 1024")
-    warmup: float = opt(0.01, "share in which lr rises (DINOv2: 0.1, 0.16)", high=1)
-    weight_decay_end: float = opt(0.2, "after 0.04 at first (DINOv2, short: 0.4)")
-    momentum: float = opt(0.994, "of the EMA, 1 at the end (DINOv2, short: 0.992)", high=1)
-    freeze_backbone_steps: int = opt(0, "steps for heads alone")
-    eval_data: list[str] = opt([], "tables to score at each checkpoint")
+    iters: int = opt(19500, "optimiser steps (RedDino S: 10 x 1,950)", low=1)
+    batch_size: int = opt(560, "images a step, over all processes (RedDino S: 2 GPUs x 280)", low=1)
+    accumulate: int = opt(1, "micro-batches a step: less memory, same result (but KoLeo's, nano's)",
+                          low=1)
+    lr: float = opt(2e-4, "peak, at batch 1024; scaled by a square root (RedDino, DINOv2 long)")
+    warmup: float = opt(0.01, "share in which lr rises (RedDino; DINOv2: 0.1, 0.16)", high=1)
+    weight_decay_end: float = opt(0.2, "after 0.04 at first (RedDino, DINOv2 long; short: 0.4)")
+    momentum: float = opt(0.994, "of the EMA, 1 at the end (RedDino, DINOv2 long)", high=1)
+    freeze_backbone_steps: int = opt(0, "steps for heads alone; in as many again lr rises")
+    eval_data: list[str] = opt([], "labelled cells as in eval.py: 20-NN at each checkpoint")
     # the machine
-    seed: int = opt(0, "of everything random")
-    workers: int = opt(-1, "loading processes; -1: by cores", low=-1)
+    seed: int = opt(0, "of everything random", high=2**63 - 1)
+    workers: int = opt(-1, "loading processes of each process; -1: by cores", low=-1, high=1024)
     device: str = opt("auto", "where to compute", ["auto", "cpu", "cuda", "mps"])
-    dtype: str = opt("auto", "of products; auto: bfloat16 if fast",
+    dtype: str = opt("auto", "of products; auto: bfloat16 where the hardware has it",
                      ["auto", "float32", "bfloat16", "float16", "float64"])
-    compile: bool | None = opt(None, "the blocks; default: on CUDA")
-    checkpoint_activations: bool = opt(False, "recompute blocks: half the memory")
+    compile: bool | None = opt(None, "torch.compile each block; by default on CUDA")
+    checkpoint_activations: bool = opt(False, "recompute blocks backward: half the memory")
     save_every: int = opt(500, "steps between checkpoints", low=1)
     log_every: int = opt(10, "steps between lines of the log", low=1)
 
@@ -110,6 +113,7 @@ PRESETS = {
                  weight_decay_end=0.04),
     "vitb14": dict(iters=36500, batch_size=392),  # RedDino B: 2 GPUs x 196, 10 x 3,650 steps
     "vitl14": dict(iters=109000, batch_size=128),  # RedDino L: 2 GPUs x 64, 10 x 10,900 steps
+    "vitg14": dict(iters=109000, batch_size=128),  # RedDino has none: as L
     **{organ: dict(global_scale=0.5) for organ in ("ct", "mri", "xray")},  # a view holds anatomy
 }
 DEMO = dict(arch="nano", unit="cells", mix=1)  # what it draws tells its classes by shape alone
@@ -550,7 +554,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         device, dtype = x.device.type, x.dtype
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        some = max(2 ** (24 if device == "cpu" else 27) // len(prototypes), 1)  # 64, 512 MB
+        some = max(2**24 // len(prototypes), 1)  # 64 MB
         loss, grad_x, grad_p = x.new_zeros(()), torch.zeros_like(x), torch.zeros_like(prototypes)
         p, half_x = prototypes.to(dtype), x.to(dtype)  # once, not for each few rows
         size = (weights.sum() / max(len(x), 1)).clamp_min(1e-30)
@@ -989,6 +993,8 @@ def train_in(out, cfg, monitor, at_end):
     parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
 
     # --- files, loading processes, signals
+    if rank == 0 and step == 0:
+        (out / "skipped.txt").unlink(missing_ok=True)
     metrics = open_metrics(out / "metrics.jsonl", step) if rank == 0 else open(os.devnull, "w")
 
     def save():
@@ -1014,10 +1020,12 @@ def train_in(out, cfg, monitor, at_end):
     at_end.callback(loader.close)
     at_end.push(save_the_rest)  # the first to be done, signals the last
     last = deque(maxlen=-(-1024 * world // cfg.batch_size))  # batches that hold 1,024 images
-    faults, bad_in_a_row, began, since = tiles.skipped, 0, step, time.monotonic()
+    faults, bad_in_a_row, began, since, waited = tiles.skipped, 0, step, time.monotonic(), 0.0
     while step < cfg.iters:
         # --- a batch; None as long as there is none
+        waiting = time.monotonic()
         batch = next(loader)
+        waited += time.monotonic() - waiting
         if batch is None and caught:
             raise SystemExit(128 + caught[0])
         if batch is None:
@@ -1070,13 +1078,14 @@ def train_in(out, cfg, monitor, at_end):
         line = {k: v if math.isfinite(v) else None for k, v in line.items()}  # JSON has no NaN
         print(json.dumps(line), file=metrics, flush=True)
         if log:
-            rate = (step - began) / (time.monotonic() - since)
+            seconds = time.monotonic() - since
+            rate = (step - began) / seconds
             told = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
             say(list_skipped(out / "skipped.txt", faults, len(tiles.files) + len(tiles.skipped)),
-                f"step {step}/{cfg.iters}  {told}  {rate * cfg.batch_size:.1f} images/s  "
-                f"{(cfg.iters - step) / rate:.0f} s left",
+                f"step {step}/{cfg.iters}  {told}  {rate * cfg.batch_size:.1f} images/s, "
+                f"{waited / seconds:.0%} waiting for them  {(cfg.iters - step) / rate:.0f} s left",
                 collapse(signs, numbers["teacher_entropy"], cfg.prototypes))
-            began, since, faults = step, time.monotonic(), {}
+            began, since, waited, faults = step, time.monotonic(), 0.0, {}
         if bad_in_a_row == 3:
             raise UserError("three steps in a row were not finite, and count for nothing: look at "
                             "these files, lower --lr, try --dtype float32")
@@ -1096,6 +1105,8 @@ def demo(cfg):
     from eval import evaluate
     from figures import demo_figures
 
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("--data: name your images; the demo is for one process")
     out, before = Path(cfg.out), Path(cfg.out, "untrained.pth")
     print(f"no --data: drawing blood smears in {out} to train on, and others to score on")
     seen = smears.draw(out / "seen", 160, 2 * cfg.seed)
@@ -1118,12 +1129,14 @@ def main(argv=None):
             from eval import knn_monitor
 
             window = cfg.window or ([40, 400] if cfg.augment == "ct" else None)
-            monitor = knn_monitor(cfg.eval_data, cfg.global_size, window)
+            crop = cfg.tile_size[0] if cfg.unit == "cells" else 80
+            monitor = knn_monitor(cfg.eval_data, cfg.global_size, window, crop)
         if cfg.data:
             train(cfg, monitor)
         else:
             demo(cfg)
     except KeyboardInterrupt:
+        print("reddino.py: interrupted before the first step", file=sys.stderr)
         sys.exit(130)
     except (UserError, OSError, RuntimeError) as error:
         text = " ".join(str(error).split())[:1000]

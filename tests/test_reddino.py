@@ -1361,3 +1361,13 @@ def test_nonsense_gets_one_line_and_exit_2(line, word, capsys, monkeypatch, tmp_
 def test_the_demo_draws_its_batches_from_one_smear_unless_told_otherwise():
     assert reddino.parse_args([]).mix == 1 and reddino.parse_args(["--mix", "0"]).mix == 0
     assert reddino.parse_args(["--data", "smears", "--arch", "nano"]).mix == 0
+
+
+def test_nanos_head_standardises_as_a_batch_norm_does():
+    x = 5 * torch.randn(50, 8, dtype=torch.float64) + 3
+    close(reddino.Standardise()(x), F.batch_norm(x, None, None, training=True))
+    assert torch.equal(reddino.Standardise()(x[:1]), torch.zeros(1, 8, dtype=torch.float64))
+    assert reddino.Standardise()(x[:0]).shape == (0, 8)
+    head = reddino.DINO(reddino.configure(arch="nano")).student["dino_head"]
+    assert [type(layer).__name__ for layer in head.mlp] == [
+        "Linear", "Standardise", "GELU", "Linear", "Standardise", "GELU", "Linear"]

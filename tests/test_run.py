@@ -231,9 +231,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(
 
 
 def test_killed_at_any_moment(tmp_path):
-    """Two short rounds of tests/stress.py: two processes under torchrun, kill -9 of all of them at
-    a random moment, bit for bit."""
-    summary = stress(tmp_path, rounds=2, seed=1, steps=12)
+    """Two short rounds of tests/stress.py: two processes under torchrun, kill -9 at a random moment
+    of one or all of them, bit for bit."""
+    summary = stress(tmp_path, rounds=2, steps=12)
     assert summary["rounds"] == 2 and summary["unreadable_checkpoints"] == 0
 
 
