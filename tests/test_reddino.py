@@ -1368,6 +1368,6 @@ def test_nanos_head_standardises_as_a_batch_norm_does():
     close(reddino.Standardise()(x), F.batch_norm(x, None, None, training=True))
     assert torch.equal(reddino.Standardise()(x[:1]), torch.zeros(1, 8, dtype=torch.float64))
     assert reddino.Standardise()(x[:0]).shape == (0, 8)
-    head = reddino.DINO(reddino.configure(arch="nano")).student["dino_head"]
+    head = reddino.DINOHead(8, 5, hidden=16, bottleneck=8, standardise=True)
     assert [type(layer).__name__ for layer in head.mlp] == [
         "Linear", "Standardise", "GELU", "Linear", "Standardise", "GELU", "Linear"]
