@@ -169,9 +169,10 @@ def neighbours(x, query, group, k=8):
     return cosine.topk(k).indices.numpy()
 
 def neighbour_rows(figure, cells, crops, features, seed=0, k=8):
-    """Of at most 5 classes a cell and, a row for each of features, its nearest neighbours."""
+    """Of 5 classes, a sickle if there is one first, a cell drawn at random and, a row for each of
+    features, its nearest neighbours."""
     rng, rows, frames, names = np.random.default_rng(seed), [], {}, []
-    for c in range(len(cells.classes))[:5]:
+    for c in sorted(range(len(cells.classes)), key=lambda c: cells.classes[c] != "sickle")[:5]:
         query = int(rng.choice(np.flatnonzero(cells.label == c)))
         for i, (name, x) in enumerate(features.items()):
             near = neighbours(x, query, cells.group, k)
@@ -184,8 +185,8 @@ def neighbour_rows(figure, cells, crops, features, seed=0, k=8):
         axes.yaxis.set_label_position("right")
         axes.set_ylabel(printable(name).replace(": ", ":\n", 1), rotation=0, ha="left", va="center",
                         size=11)
-    figure.suptitle(f"A cell, and its nearest among other {cells.by}s' cells.\nFrame: thick blue, "
-                    "of its class; dotted orange, of another", size=12)
+    figure.suptitle(f"A cell drawn at random, and its nearest among other {cells.by}s' cells.\n"
+                    "Frame: thick blue, of its class; dotted orange, of another", size=12)
 
 def curves(figure, path):
     """Of a metrics.jsonl: losses, smoothed; and what grows: match, the scores of --eval-data."""
