@@ -246,14 +246,15 @@ def small_course(names):
     names["SEEN"] = str(smears.draw("seen", 5, seed=0).parent)
     names["CELLS"] = str(smears.draw("unseen", 10, seed=1))
     cells = names["cells"] = evaluation.read_cells(names["CELLS"])
-    names["crops"] = torch.cat(list(evaluation.crops_of(cells, 80, 80)))
+    side = names["CROP"] = names["reddino"].configure(arch="nano").tile_size[0]
+    names["crops"] = torch.cat(list(evaluation.crops_of(cells, side, side)))
     names["names"], names["label"] = cells.classes, torch.tensor(cells.label)
     names["group"], names["laboratory"] = torch.tensor(cells.group), torch.tensor(cells.source)
     names["counts"] = names["label"].bincount().numpy()
     names["RARE"] = cells.classes.index("sickle")
     names["tile"] = names["augment"].read_image(cells.files[0])[:160, :160]
     names["logits"] = torch.randn(6, 4)
-    pixels = names["crops"][:, :, ::20, ::20].flatten(1).float()
+    pixels = names["crops"][:, :, ::14, ::14].flatten(1).float()
     names["features"] = {"before": pixels, "after": pixels}
     names["last"], names["cfg"] = {}, names["reddino"].configure(arch="nano")
     names["rivals"], names["splits"] = {}, ["by patient"]
