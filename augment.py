@@ -286,9 +286,10 @@ def window_starts(length, tile_size):
 def find_cells(image, size=80):
     """Centres [n, 2] (x, y) of the cells in a stained smear, RGB uint8 [H, W, 3], without labels.
 
-    size: side of the square that will be cut around a cell, which is taken to be about half as
-    wide; squares that leave the image are dropped. (Otsu 1979; touching cells part where the
-    distance transform peaks.) On drawn smears 96% are found, and 97% of what is found are cells."""
+    size: side of the square that will be cut around a cell, which is taken to be half as wide or
+    more; squares that leave the image are dropped. (Otsu 1979; touching cells part where the
+    distance transform peaks.) On drawn smears, cells of 40 to 50 pixels: at 56 98% are found, and
+    95% of what is found are cells; at 80 96% and 97%."""
     grey = cv2.GaussianBlur(image[..., 1], (0, 0), size / 50)  # green: haemoglobin swallows it
     _, dark = cv2.threshold(grey, 0, 255, cv2.THRESH_BINARY_INV + cv2.THRESH_OTSU)
     _, gap, stats, _ = cv2.connectedComponentsWithStats(255 - dark, connectivity=4)
@@ -761,10 +762,11 @@ class Draws:
         return self.tiles.shuffled(*self.pools[pool], rng, self.mix, self.batch)
 
     def draw(self, sample):
-        """Epoch and tile of a sample of the run."""
+        """Epoch and tile of a sample of the run. With mix 1 a tile may come twice in an epoch: the
+        sample's number in the place of the epoch's gives it other views."""
         turn, pool = divmod(sample, len(self.pools))
         epoch, place = divmod(turn, len(self.order(pool, 0)))
-        return epoch, int(self.order(pool, epoch)[place])
+        return sample if self.mix == 1 else epoch, int(self.order(pool, epoch)[place])
 
     def __iter__(self):
         for step in self.steps:

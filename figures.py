@@ -204,7 +204,7 @@ def curves(figure, path):
             on.plot(step[width - 1:], value, color=colour, label=name, marker=marker, markevery=0.1)
             on.legend()
     losses.set(title="Losses: all, and that of class tokens", xlabel="step", ylabel="nats")
-    title = "A view finds its partner among 64 (chance: 2%)" + "; 20-NN, weighted F1" * bool(names)
+    title = "A view finds its partner among 64 (chance: 2%)" + "\n20-NN, weighted F1" * bool(names)
     shares.set(title=title, xlabel="step", ylabel="%")
 
 def demo_figures(out, table, untrained, trained, crop=80, device="auto", log=print):

@@ -6,16 +6,20 @@
 
 RedDino (Zedda et al., MICCAI 2025, arXiv:2508.08180) is DINOv2 (Oquab et al. 2023,
 arXiv:2304.07193) on red blood cells. DINOv2 is DINO (Caron et al. 2021) plus iBOT (Zhou et al.
-2022). `grep -n "RedDino:" *.py` prints what RedDino changed; all else is DINOv2. How it works:
+2022). `grep -n "RedDino:" *.py` prints what RedDino changed; all else is DINOv2, and `nano`, which
+is ours. How it works:
 
   - A *student* network sees crops of an image, some with patches masked. It says which of K
     *prototypes* each crop (class token) and each masked patch (patch token) belongs to.
-  - A *teacher*, the running average (EMA) of the student, sees whole crops. It gives the answers.
+  - A *teacher*, the running average (EMA) of the student, sees the large crops, unmasked. It gives
+    the answers.
   - Both could agree on "prototype 1, always". Sinkhorn-Knopp prevents it: it balances the
     teacher's answers, so that over a batch all prototypes are used alike.
 
-The sections follow an image to its loss. Shapes: B images, G = 2 global and L local views of each,
-N patches a view, D dimensions, K prototypes, M masked patches.
+The way of an image: Tiles and MultiCrop (augment.py), then here micro_batches, train_step,
+DINO.teacher_targets (teacher, head, sinkhorn_knopp), DINO.forward (student, masks), dino_loss and
+ibot_loss, LinearCrossEntropy, update_teacher. Shapes: B images, G = 2 global and L local views of
+each, N patches a view, D dimensions, K prototypes, M masked patches.
 """
 import argparse
 import copy
@@ -65,7 +69,7 @@ class Config:
     separate_heads: bool = opt(False, "a head for patches of their own (DINOv2 long)")
     # what it sees
     unit: str = opt("tiles", "windows of images, or single cells found in them", ["tiles", "cells"])
-    tile_size: list[int] = opt([224], "their pixels (RedDino); 0: whole; several: all", high=10**5)
+    tile_size: list[int] = opt([224], "side in pixels (RedDino); 0: whole; or several", high=10**5)
     window: list[float] = opt([], "LEVEL WIDTH: what is seen of deep grey", low=-math.inf)
     global_size: int = opt(224, "pixels of the global views (DINOv2)", low=1, high=10**4)
     local_size: int = opt(98, "pixels of the local views (DINOv2 with patch 14)", low=1, high=10**4)
@@ -73,15 +77,15 @@ class Config:
     global_scale: float = opt(0.32, "least area share of a global view (DINOv2)", low=0.06, high=1)
     augment: str = opt("reddino", "pixel transforms: RedDino's, an organ's, none", list(RECIPES))
     balance: bool = opt(False, "draw from the folders evenly, whatever their sizes")
-    mix: int = opt(0, "images a batch is drawn from, 0: many; of one, stain tells nothing apart")
+    mix: int = opt(0, "images a batch comes from; 0: any; 1: stain gives no clue")
     # the objective
     centering: str = opt("sinkhorn-knopp", "how targets are balanced (RedDino, DINOv2 long)",
                          ["sinkhorn-knopp", "moving-average"])
     koleo: float = opt(0.0, "weight of KoLeo (DINOv2: 0.1; RedDino takes it out)")
     ibot: float = opt(1.0, "weight of the patch-token loss (DINOv2)")
     teacher_temp: float = opt(0.07, "the teacher's, at first at most 0.04 (DINO)", low=1e-6)
-    teacher_temp_warmup: float = opt(3.0, "share of the run (RedDino: 30 epochs of 10; DINOv2: "
-                                          "0.3, 0.06)")
+    teacher_temp_warmup: float = opt(3.0, "share of the run (RedDino: 30 epochs of 10; "
+                                          "DINOv2: 0.3, 0.06)")
     # the optimiser
     iters: int = opt(19500, "optimiser steps (RedDino S: 10 x 1,950)", low=1)
     batch_size: int = opt(560, "images a step, over all processes (RedDino S: 2 GPUs x 280)", low=1)
@@ -240,7 +244,7 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """One layer, [B, N, D] to [B, N, D], with stochastic depth (Huang et al. 2016): in training,
     drop_path of the images skip a branch. As in DINOv2 it isn't computed for them; the others' is
-    scaled up to keep the mean. `place` rounds their number up in some blocks, down in others."""
+    scaled up to keep the mean. `place` sets how a block rounds: together they meet drop_path."""
 
     def __init__(self, dim, heads, ffn, layerscale, drop_path, place=0.5):
         super().__init__()
@@ -500,7 +504,7 @@ def all_reduce(x, op=dist.ReduceOp.SUM):
 def sinkhorn_knopp(logits, temp, n_iters=3):
     """Teacher logits [R, K] to targets [R, K]: rows sum to 1, each prototype gets about R/K.
 
-    RedDino: this instead of the moving average that is DINOv2's default (3 iterations, as there).
+    RedDino: as DINOv2's long recipe has it; its code's default is the moving average below.
     Divide the columns of exp(logits / temp) by their sums, over all processes, then the rows by
     theirs, in turn.
     """
@@ -543,10 +547,10 @@ class MovingAverage(nn.Module):
 class LinearCrossEntropy(torch.autograd.Function):
     """sum_r weights_r * cross_entropy(x_r @ prototypes.T / temp, targets_r), a few rows at a time.
 
-    At K = 131,072 logits, softmax and their gradient would outweigh all else in memory. But the
+    With K = 131,072, logits, softmax and their gradient would outweigh all else in memory. But the
     gradient is known, softmax minus target: it is written down on the way forward, and the logits
     are gone (as in language models: Hsu et al. 2024, Liger). Under autocast only products are in
-    half precision; weights get their size after them, for float16 knows nothing below 6e-8.
+    half precision; weights are multiplied in after them: float16 would make them 0.
     """
 
     @staticmethod
@@ -702,7 +706,7 @@ def train_step(parallel, batch, temp, autocast, scaler):
         targets, signs = model.teacher_targets(batch, temp)
     total = {}
     for number, (micro_batch, answers) in enumerate(zip(batch, targets), 1):
-        alone = parallel is not model and number < len(batch)  # they are exchanged with the last
+        alone = parallel is not model and number < len(batch)  # gradients are exchanged at the last
         with parallel.no_sync() if alone else nullcontext():
             with autocast:
                 losses = parallel(*micro_batch, *answers)
@@ -826,8 +830,8 @@ def lock(out):
     return file
 
 def open_metrics(path, start):
-    """metrics.jsonl, open for steps from `start` on: what it holds of them, and what is no whole
-    line of a step, goes."""
+    """metrics.jsonl, open for steps from `start` on. Lines of these steps, which are done again,
+    and broken lines go."""
     lines = path.read_bytes().splitlines() if path.exists() else []
     steps = [(re.match(rb'{"step": (\d+),.*}$', line), line) for line in lines]
     kept = [line + b"\n" for step, line in steps if step and int(step[1]) < start]
@@ -1136,7 +1140,7 @@ def main(argv=None):
         else:
             demo(cfg)
     except KeyboardInterrupt:
-        print("reddino.py: interrupted before the first step", file=sys.stderr)
+        print("reddino.py: interrupted", file=sys.stderr)
         sys.exit(130)
     except (UserError, OSError, RuntimeError) as error:
         text = " ".join(str(error).split())[:1000]
