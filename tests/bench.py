@@ -607,7 +607,7 @@ def trained(args, folder, processes=1, arch="nano"):
     run = subprocess.run(
         list(map(str, command)), capture_output=True, text=True, env=os.environ | threads
     )
-    found = re.findall(r"([\d.]+) img/s +wait (\d+)%", run.stdout)[
+    found = re.findall(r"([\d.]+) images/s, (\d+)% waiting", run.stdout)[
         1:
     ]  # in the first, processes start
     if run.returncode:
