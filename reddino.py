@@ -1103,10 +1103,9 @@ def train_in(out, cfg, monitor, at_end):
     say(f"done: {out / 'backbone.pth'} holds the teacher's backbone")
     return out / "backbone.pth"
 
-def demo(cfg):
+def demo(cfg, evaluate):
     """Without --data: draw smears, train on some, score the features on others before and after."""
     import smears
-    from eval import evaluate
     from figures import demo_figures
 
     if os.environ.get("WORLD_SIZE", "1") != "1":
@@ -1138,7 +1137,9 @@ def main(argv=None):
         if cfg.data:
             train(cfg, monitor)
         else:
-            demo(cfg)
+            from eval import evaluate
+
+            demo(cfg, evaluate)
     except KeyboardInterrupt:
         print("reddino.py: interrupted", file=sys.stderr)
         sys.exit(130)
