@@ -16,9 +16,9 @@ is ours. How it works:
   - Both could agree on "prototype 1, always". Sinkhorn-Knopp prevents it: it balances the
     teacher's answers, so that over a batch all prototypes are used alike.
 
-The way of an image: Tiles and MultiCrop (augment.py), then here micro_batches, train_step,
-DINO.teacher_targets (teacher, head, sinkhorn_knopp), DINO.forward (student, masks), dino_loss and
-ibot_loss, LinearCrossEntropy, update_teacher. Shapes: B images, G = 2 global and L local views of
+The first half is the method, in the order in which an image passes (augment.py makes its views);
+it ends with the loop, `train`. The second half is what a run needs besides: checkpoints, weights
+from elsewhere, processes, the command line. Shapes: B images, G = 2 global and L local views of
 each, N patches a view, D dimensions, K prototypes, M masked patches.
 """
 import argparse
@@ -35,7 +35,7 @@ import time
 import zipfile
 import zlib
 from collections import OrderedDict, deque
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -43,6 +43,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from filelock import FileLock, Timeout  # torch brings it
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
@@ -122,52 +123,6 @@ PRESETS = {
 }
 DEMO = dict(arch="nano", unit="cells", mix=1)  # what it draws tells its classes by shape alone
 
-def flag_of(name):
-    return "--" + name.replace("_", "-")
-
-def configure(**given):
-    """A Config: what is given, else a preset, else the default. Raises UserError."""
-    preset = PRESETS.get(given.get("augment"), {}) | PRESETS.get(given.get("arch"), {})
-    cfg = Config(**(preset | given))
-    for field in dataclasses.fields(Config):
-        value, allowed, flag = getattr(cfg, field.name), field.metadata, flag_of(field.name)
-        numbers = value if isinstance(value, list) else [value]
-        if isinstance(allowed["default"], list):
-            setattr(cfg, field.name, numbers)  # one will do, in Python too
-        if allowed["choices"] and value not in allowed["choices"]:
-            raise UserError(f"{flag} {value}: choose from {', '.join(allowed['choices'])}")
-        low, high = allowed["low"], allowed["high"]
-        for number in numbers:
-            if isinstance(number, int | float) and not low <= number <= high:
-                raise UserError(f"{flag} {number}: must lie between {low} and {high}")
-    patch = ARCHS[cfg.arch]["patch_size"]
-    for size in (cfg.global_size, cfg.local_size * (cfg.local_crops > 0)):
-        if size % patch or size > cfg.global_size:
-            raise UserError(f"--global-size, --local-size {size}: choose multiples of {patch}, "
-                            "local ones not above global ones")
-    check_window(cfg.window)
-    return cfg
-
-def parse_args(argv):
-    """The command line, without --data that of the demo. Raises UserError."""
-    def refuse(message):
-        raise UserError(f"{message} (see --help)")
-
-    parser = argparse.ArgumentParser("reddino.py", allow_abbrev=False)
-    parser.error = refuse
-    for field in dataclasses.fields(Config):
-        default = field.metadata["default"]
-        kind = dict(type=type(default), choices=field.metadata["choices"])
-        if isinstance(default, list):
-            kind = dict(nargs="+", type=field.type.__args__[0])
-        elif isinstance(default, bool | None):
-            kind = dict(action=argparse.BooleanOptionalAction)
-        presets = [f"; {name} {p[field.name]}" for name, p in PRESETS.items() if field.name in p]
-        text = f"{field.metadata['help']} [{default}{''.join(presets)}]"
-        parser.add_argument(flag_of(field.name), default=argparse.SUPPRESS, help=text, **kind)
-    given = vars(parser.parse_args(argv))
-    return configure(**(given if "data" in given else DEMO | given))
-
 # ----------------------------------------
 # Patches. A ViT reads an image as a sequence of N square patches of p x p pixels, each projected
 # linearly to D dimensions. To each it adds a learned embedding of its position. At another image
@@ -216,8 +171,7 @@ class Attention(nn.Module):
     def forward(self, x):
         qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, N, D / heads]
-        if x.device.type == "cpu" and q.shape[2] < 64:
-            # nano's few tokens: the fused kernel takes twice as long
+        if x.device.type == "cpu" and q.shape[2] < 64:  # nano's step would take 1.2 times as long
             weights = (q @ k.transpose(2, 3) / math.sqrt(q.shape[3])).softmax(3)
             x = weights.to(v.dtype) @ v
         else:
@@ -314,10 +268,8 @@ class VisionTransformer(nn.Module):
         """Class token [B, D] and patch tokens [B, N, D], after the final norm."""
         x = self.tokens(x, masks)
         for block in self.blocks:
-            if self.checkpoint_activations:
-                x = recompute(block, x, use_reentrant=False)
-            else:
-                x = block(x)
+            again = self.checkpoint_activations  # computed again in the backward pass
+            x = recompute(block, x, use_reentrant=False) if again else block(x)
         x = self.norm(x)
         return x[:, 0], x[:, 1 + self.registers:]
 
@@ -343,119 +295,16 @@ ARCHS = {
     "vitl14": dict(embed_dim=1024, depth=24, heads=16, patch_size=14),  # 304M
     "vitg14": dict(embed_dim=1536, depth=40, heads=24, patch_size=14, swiglu=True),  # 1.1B
 }
-HEAD_SIZES = {"nano": dict(hidden=256, bottleneck=64, standardise=True)}
 
 def build_vit(arch, img_size=224, **overrides):
     """A VisionTransformer of ARCHS (DINOv2, table 16), with random weights."""
     return VisionTransformer(img_size, **(ARCHS[arch] | overrides))
 
 # ----------------------------------------
-# Weights from elsewhere. Whatever layout a ViT was published in, it ends as a state dict under
-# DINOv2's names. A .pth is a pickle: without weights_only=True a hostile one would run its code.
-
-HUB = "https://dl.fbaipublicfiles.com/dinov2/dinov2_{0}/dinov2_{0}{1}_pretrain.pth"
-DINOV2 = {f"dinov2_vit{size}14{registers[:4]}": HUB.format(f"vit{size}14", registers)
-          for size in "sblg" for registers in ("", "_reg4")}
-# Attention heads by width: weights don't show their number.
-HEADS = {128: 2, 192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1536: 24}
-PLAIN = [argparse.Namespace, np.dtype, np.dtypes.Float64DType, np.dtypes.Int64DType,
-         np._core.multiarray.scalar]  # what DINO's and others' files hold, too
-
-def load_file(name):
-    """The dict in a .pth or .safetensors file; name: its path, one of DINOV2, hf_hub:OWNER/NAME.
-    UserError for all that can be wrong with it."""
-    path = str(name)
-    try:
-        if path in DINOV2 and not os.path.exists(path):
-            url = DINOV2[path]
-            return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
-        if path.startswith("hf_hub:"):
-            from huggingface_hub import hf_hub_download, list_repo_files
-
-            files = list_repo_files(path[7:])
-            best = max(files, key=lambda f: (f.endswith("safetensors"), f.endswith(("pth", "bin"))))
-            path = hf_hub_download(path[7:], best)
-        if path.endswith(".safetensors"):
-            from safetensors.torch import load_file as load_safetensors
-
-            return load_safetensors(path)
-        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
-            raise ValueError("a wrong checksum, which torch does not check")
-        with torch.serialization.safe_globals(PLAIN):
-            return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except ImportError as error:
-        raise UserError(f"{name}: pip install {error.name} to read it") from None
-    except Exception as error:  # a different type for each way in which it can be wrong
-        why = "no such file" if isinstance(error, FileNotFoundError) else type(error).__name__
-        raise UserError(f"{name}: {why}, can't be fetched or read; try a new download") from None
-
-def flatten(nested, prefix=""):
-    """{"teacher": {"norm.bias": t}} to {"teacher.norm.bias": t}; tensors only."""
-    flat = {}
-    for key, value in nested.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        elif isinstance(value, Tensor):
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-def read_backbone(name):
-    """The state dict of a backbone, DINOv2's, DINO's, RedDino's, DinoBloom's or timm's, under any
-    prefix, in DINOv2's names; of student and teacher, the teacher's. Raises UserError."""
-    state = {}
-    for key, value in flatten(load_file(name)).items():
-        key = re.sub(r"(_orig_mod|module|_\w+_wrapped_module)\.", "", key)
-        key = re.sub(r"\bblocks\.\d+\.(\d+\.)", r"blocks.\1", key)  # DINOv2's, in chunks
-        state[key.replace("reg_token", "register_tokens")] = value  # timm's
-    prefixes = [key[:-9] for key in state if re.search(r"\bcls_token$", key)]
-    prefix = max(prefixes, key=lambda prefix: "teacher" in prefix, default="")
-    state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    state = {k: v for k, v in state.items() if not re.match(r"(\w*head|classifier)\.", k)}
-    if not {"pos_embed", "patch_embed.proj.weight", "blocks.0.norm1.bias"} <= set(state):
-        raise UserError(f"{name}: no vision transformer in DINOv2's or timm's layout")
-    fc1, fc2 = (state.get(f"blocks.0.mlp.fc{n}.weight", torch.ones(1, 1)) for n in (1, 2))
-    if len(fc1) == 2 * fc2.shape[1]:  # SwiGLU, timm's names
-        state = {k.replace("fc1", "w12").replace("fc2", "w3"): v for k, v in state.items()}
-    pos = state["pos_embed"]
-    if math.isqrt(pos.shape[1]) ** 2 == pos.shape[1]:  # timm: the class token's is part of it
-        state["pos_embed"] = torch.cat([torch.zeros_like(pos[:, :1]), pos], dim=1)
-    return state
-
-def vit_from_state(state, img_size=None, heads=None):
-    """A VisionTransformer in eval mode with the weights of read_backbone; img_size: of its stored
-    positions, if not theirs; heads: of attention, if not by HEADS. Raises UserError."""
-    dim, stem = state["cls_token"].shape[-1], "patch_embed.stem.0.weight" in state
-    heads = heads or HEADS.get(dim)
-    if not heads or dim % heads:
-        raise UserError(f"{dim} dimensions: how many attention heads? Give --heads, a divisor")
-    patch = 8 if stem else state["patch_embed.proj.weight"].shape[-1]
-    depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
-    registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
-    img_size = img_size or patch * math.isqrt(state["pos_embed"].shape[1] - 1)
-    swiglu, stem = "blocks.0.mlp.w12.weight" in state, "convs" if stem else "linear"
-    vit = VisionTransformer(img_size, patch, dim, depth, heads, swiglu, registers, stem=stem).eval()
-    load_weights(vit, state)
-    return vit
-
-def load_weights(vit, state, source="weights"):
-    """Load a state dict of read_backbone, positions stretched to vit's size; says what is new.
-    UserError if it is another architecture's."""
-    grid, own = vit.img_size // vit.patch_size, vit.state_dict()
-    pos = resize_pos_embed(state["pos_embed"], grid, grid, "register_tokens" in state)
-    state = state | {"pos_embed": pos}
-    if "blocks.0.ls1.gamma" not in state:  # DINO's ViTs have no LayerScale, which is one of 1
-        state |= {k: torch.ones_like(v) for k, v in own.items() if k.endswith("gamma")}
-    new = own.keys() - state.keys()
-    wrong = [k for k in state if k not in own or own[k].shape != state[k].shape]
-    wrong += new - {"mask_token", "register_tokens"}
-    if wrong:  # without it the features would be others
-        raise UserError(f"{source}: another architecture, {wrong[0]!r} does not fit; see --arch")
-    vit.load_state_dict(state, strict=False)
-    return f"{source}: {len(state)} tensors loaded; new: {', '.join(sorted(new)) or 'none'}"
-
-# ----------------------------------------
 # Heads. A head says how alike a token is to each of K prototypes: an MLP, the result on the unit
 # sphere, then its product with K vectors of trained length: gain x cosine. (DINO, section 3.1.)
+
+HEAD_SIZES = {"nano": dict(hidden=256, bottleneck=64, standardise=True)}
 
 class Standardise(nn.Module):
     """Each channel of [R, D] to mean 0 and variance 1 over the rows: a batch norm without a memory.
@@ -615,13 +464,13 @@ def koleo_loss(x, eps=1e-8):
 
 def micro_batches(global_views, local_views, masks, parts, device, dtype):
     """uint8 views [B, G, 3, H, W] and [B, L, 3, h, w], masks bool [B, G, N], to micro-batches on
-    the device, as DINO.forward takes them. Masked patches are counted here, on the CPU: on a GPU to
-    count is to wait."""
+    the device: views, masks, index of masked patches and their weights [M]. Patches are counted
+    here, on the CPU: on a GPU to count is to wait."""
     result = []
     for views, small, mask in zip(*(t.chunk(parts) for t in (global_views, local_views, masks))):
-        masked = mask.flatten().nonzero().squeeze(1)  # [M], indices into B * G * N
-        weights = (1 / mask.sum(2, keepdim=True).clamp_min(1)).expand_as(mask)[mask]  # [M]
-        moved = [t.to(device, non_blocking=True) for t in (mask, masked, weights.to(dtype))]
+        index = mask.flatten().nonzero().squeeze(1)  # into B * G * N
+        weights = (1 / mask.sum(2, keepdim=True).clamp_min(1)).expand_as(mask)[mask]
+        moved = [t.to(device, non_blocking=True) for t in (mask, index, weights.to(dtype))]
         result.append((normalise(views, device, dtype), normalise(small, device, dtype), *moved))
     return result
 
@@ -649,6 +498,7 @@ class DINO(nn.Module):
         return nn.ModuleDict({"backbone": vit} | heads)
 
     def targets(self, logits, temp, kind):
+        """Teacher logits [R, K] to targets [R, K]; and their mean, or None."""
         if self.centers:
             return self.centers[kind](logits, temp)
         return sinkhorn_knopp(logits, temp), None
@@ -657,28 +507,29 @@ class DINO(nn.Module):
     def teacher_targets(self, batch, temp):
         """For each micro-batch the targets of class tokens [B, G, K] and masked patches [M, K],
         balanced over the whole batch; and what the loop watches."""
-        cls, masked = [], []
+        cls, patches = [], []
         for global_views, _, _, index, _ in batch:
-            tokens, patches = self.teacher["backbone"].forward_features(global_views.flatten(0, 1))
+            tokens, all_patches = self.teacher["backbone"].forward_features(
+                global_views.flatten(0, 1))
             cls.append(tokens.unflatten(0, global_views.shape[:2]))  # [B, G, D]
-            masked.append(patches.flatten(0, 1)[index])  # [M, D]
+            patches.append(all_patches.flatten(0, 1)[index])  # [M, D]
         tokens = torch.cat(cls)
         logits = self.teacher["dino_head"](tokens.flatten(0, 1))  # [B G, K]
-        patch_logits = self.teacher[self.patch_head](torch.cat(masked))
         targets, mean = self.targets(logits, temp, "cls")
+        patch_logits = self.teacher[self.patch_head](torch.cat(patches))
         patch_targets, patch_mean = self.targets(patch_logits, temp, "patch")
         entropy = torch.special.entr(F.softmax(widen(logits) / temp, dim=1)).sum(1).mean()
-        signs = {"cls": tokens, "nearest": logits.argmax(1), "entropy": entropy,
-                 "means": (mean, patch_mean)}
+        seen = {"cls": tokens, "nearest": logits.argmax(1), "entropy": entropy,
+                "means": (mean, patch_mean)}
         targets = targets.unflatten(0, tokens.shape[:2]).split([len(c) for c in cls])
-        return list(zip(targets, patch_targets.split([len(m) for m in masked]))), signs
+        return list(zip(targets, patch_targets.split([len(p) for p in patches]))), seen
 
-    def forward(self, global_views, local_views, masks, masked, weights, targets, patch_targets):
+    def forward(self, global_views, local_views, masks, index, weights, targets, patch_targets):
         """The student's losses on a micro-batch, by name; their sum is minimised. A new loss is a
         function and a line here. Shapes: see micro_batches and teacher_targets."""
         backbone, (B, G), L = self.student["backbone"], masks.shape[:2], local_views.shape[1]
         cls, patches = backbone.forward_features(global_views.flatten(0, 1), masks.flatten(0, 1))
-        cls, patches = cls.unflatten(0, (B, G)), patches.flatten(0, 1)[masked]  # [B, G, D], [M, D]
+        cls, patches = cls.unflatten(0, (B, G)), patches.flatten(0, 1)[index]  # [B, G, D], [M, D]
         local_cls = cls[:, :0]
         if L:  # RedDino: 1 local view for DINOv2's 8
             local_cls = backbone(local_views.flatten(0, 1)).unflatten(0, (B, L))
@@ -699,11 +550,11 @@ class DINO(nn.Module):
             center.update(mean)
 
 def train_step(parallel, batch, temp, autocast, scaler):
-    """Leaves gradients in the student; returns its losses and the teacher's signs. parallel: DINO,
-    or DistributedDataParallel around it."""
+    """Leaves gradients in the student; returns its losses and what the teacher saw. parallel: DINO,
+    or DistributedDataParallel around it; batch: micro-batches."""
     model = getattr(parallel, "module", parallel)
     with autocast:
-        targets, signs = model.teacher_targets(batch, temp)
+        targets, seen = model.teacher_targets(batch, temp)
     total = {}
     for number, (micro_batch, answers) in enumerate(zip(batch, targets), 1):
         alone = parallel is not model and number < len(batch)  # gradients are exchanged at the last
@@ -713,16 +564,18 @@ def train_step(parallel, batch, temp, autocast, scaler):
             scaler.scale(sum(losses.values()) / len(batch)).backward()
         for name, value in losses.items():
             total[name] = total.get(name, 0) + value.detach() / len(batch)
-    return total, signs
+    return total, seen
 
 # ----------------------------------------
 # Optimiser and schedules: AdamW; a half cosine for the learning rate after a linear warm-up, for
 # the weight decay and for the teacher's momentum (DINO, section 3.2).
 
 def cosine(start, end, x):
+    """From start, at x = 0, to end, at 1 and after it."""
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(x, 1)))
 
 def schedules(cfg, step):
+    """What changes from step to step, by name."""
     done, lr = step / cfg.iters, cfg.lr * math.sqrt(cfg.batch_size / 1024)
     if done < cfg.warmup:
         lr *= done / cfg.warmup
@@ -753,6 +606,195 @@ def apply_schedules(optimizer, now):
     for group in optimizer.param_groups:
         group["lr"] = group["rate"] * now[group["follows"]]
         group["weight_decay"] = now["weight_decay"] if group["decay"] else 0.0
+
+# ----------------------------------------
+# The loop.
+
+def train(cfg, monitor=None):
+    """Returns OUT/backbone.pth, the teacher's backbone. monitor(backbone, device): numbers by name,
+    asked at each checkpoint in every process. Raises UserError or OSError for what the user can
+    mend, SystemExit(128 + signal) after a signal."""
+    with ExitStack() as at_end:  # what has to be done however the run ends
+        return train_in(Path(cfg.out), cfg, monitor, at_end)
+
+def train_in(out, cfg, monitor, at_end):
+    # --- processes, data, networks, optimiser
+    device, dtype = choose_device(cfg)
+    gpu, (rank, world) = device.type == "cuda", start_processes(device)
+    if cfg.batch_size % (world * cfg.accumulate):
+        raise UserError(f"--batch-size {cfg.batch_size}: choose a multiple of {world} processes x "
+                        f"--accumulate {cfg.accumulate}")
+    if rank == 0:
+        at_end.enter_context(lock(out))
+    tiles, checksum = find_tiles(cfg)
+    floats = torch.float64 if dtype == torch.float64 else torch.float32  # of parameters
+    torch.manual_seed(cfg.seed)
+    model = DINO(cfg).to(device, floats)  # nothing in it tells training from eval but drop path
+    student, teacher = model.student["backbone"], model.teacher["backbone"]
+    optimizer = make_optimizer(model.student)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype.itemsize == 2)
+    parts = dict(student=model.student, teacher=model.teacher, centers=model.centers,
+                 optimizer=optimizer, scaler=scaler)
+    of_run = dict(files=checksum, processes=world)
+    step, note = go_on(cfg, parts, of_run)
+    seen = torch.tensor([step, checksum], device=device)
+    if not torch.equal(all_reduce(seen.clone(), dist.ReduceOp.MAX), seen):
+        raise UserError("--data, --out: processes see different images or checkpoints")
+    if cfg.compile or (cfg.compile is None and gpu):
+        for block in [*student.blocks, *teacher.blocks]:  # by block: seconds
+            block.compile()
+    parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+
+    # --- files, loading processes, signals
+    if rank == 0 and step == 0:
+        (out / "skipped.txt").unlink(missing_ok=True)
+    metrics = open_metrics(out / "metrics.jsonl", step) if rank == 0 else open(os.devnull, "w")
+
+    def say(*lines):
+        if rank == 0 and any(lines):
+            print(*filter(None, lines), sep="\n", flush=True)
+
+    def save():
+        if rank == 0:
+            os.fsync(metrics.fileno())
+            config = {name: v for name, v in vars(cfg).items() if name not in MAY_CHANGE}
+            state = {name: part.state_dict() for name, part in parts.items()}
+            state |= of_run | dict(config=config, step=step)
+            write_aside(out / "checkpoint.pth", state, keep=out / "previous.pth")
+
+    def save_the_rest(why, *_):  # data end, nobody reads the log any more, a signal came
+        if step and why in (UserError, BrokenPipeError, SystemExit):
+            save()
+
+    say(f"{cfg.arch} on {len(tiles)} {cfg.unit} of {len(tiles.files)} images; {world} x "
+        f"{device.type}, {dtype}", *tiles.notes, note)
+    workers = min(cores(), 16 if gpu else 1) if cfg.workers < 0 else cfg.workers
+    loader = batches(cfg, tiles, step, student.patch_size, rank, world, workers, gpu)
+    caught = interrupts(at_end)
+    at_end.callback(loader.close)
+    at_end.push(save_the_rest)  # the first to be done, signals the last
+    last = deque(maxlen=-(-1024 * world // cfg.batch_size))  # batches that hold 1,024 images
+    faults, bad_in_a_row, began, since, waited = tiles.skipped, 0, step, time.monotonic(), 0.0
+    while step < cfg.iters:
+        # --- a batch; None as long as there is none
+        waiting = time.monotonic()
+        batch = next(loader)
+        waited += time.monotonic() - waiting
+        if batch is None and caught:
+            raise SystemExit(128 + caught[0])
+        if batch is None:
+            continue
+        *views_and_masks, indices, new_faults = batch
+        faults = faults | new_faults
+
+        # --- forward and backward
+        now = schedules(cfg, step)
+        apply_schedules(optimizer, now)
+        torch.manual_seed(int(np.random.default_rng((cfg.seed, step, rank, 3)).integers(2**62)))
+        micro = micro_batches(*views_and_masks, cfg.accumulate, device, floats)
+        optimizer.zero_grad(set_to_none=True)
+        losses, seen = train_step(parallel, micro, now["teacher_temp"], autocast, scaler)
+        scaler.unscale_(optimizer)
+        norms = {f"grad_{name[:4]}": nn.utils.clip_grad_norm_(part.parameters(), 3.0)  # DINOv2
+                 for name, part in model.student.items()}
+
+        # --- the one exchange of numbers: means over processes, and whether any is to stop
+        numbers = {"loss": sum(losses.values()), **losses, "teacher_entropy": seen["entropy"],
+                   **norms, "stop": len(caught)}
+        means = [torch.as_tensor(v, dtype=floats, device=device) for v in numbers.values()]
+        numbers = dict(zip(numbers, all_reduce(torch.stack(means)).div(world).tolist()))
+        stop = numbers.pop("stop") > 0
+
+        # --- update, unless a number is not finite: then nothing of this step is kept
+        finite = all(map(math.isfinite, numbers.values()))
+        if finite:
+            scaler.step(optimizer)
+            model.update_teacher(now["momentum"], seen["means"])
+            last.append((seen["cls"], seen["nearest"]))
+            bad_in_a_row = 0
+        else:
+            bad = sorted({repr(tiles.file_of(i)) for i in indices})
+            print(f"process {rank}: step {step} skipped, a loss or gradient is not finite; files: "
+                  f"{', '.join(bad)}", flush=True)
+            if scaler.get_scale() <= 1 or not math.isfinite(numbers["loss"]):
+                bad_in_a_row += 1  # else float16 looks for its scale
+        scaler.update()
+
+        # --- write down
+        line = {"step": step, **now, "skipped": not finite}  # the first step is 0
+        step += 1
+        end = stop or bad_in_a_row == 3 or step == cfg.iters
+        log, keep = step % cfg.log_every == 0 or end, step % cfg.save_every == 0 or end
+        if log and last:
+            numbers |= watch(last)
+        if monitor and keep and finite and not stop:
+            numbers |= monitor(teacher, device)
+        line = {k: v if math.isfinite(v) else None for k, v in (line | numbers).items()}
+        print(json.dumps(line), file=metrics, flush=True)  # JSON has no NaN
+        if log:
+            seconds = time.monotonic() - since
+            rate = (step - began) / seconds
+            told = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+            say(list_skipped(out / "skipped.txt", faults, len(tiles.files) + len(tiles.skipped)),
+                f"step {step}/{cfg.iters}  {told}  {rate * cfg.batch_size:.1f} images/s, "
+                f"{waited / seconds:.0%} waiting for them  {(cfg.iters - step) / rate:.0f} s left",
+                collapse(numbers, cfg.prototypes))
+            began, since, waited, faults = step, time.monotonic(), 0.0, {}
+        if bad_in_a_row == 3:
+            raise UserError("three steps in a row were not finite, and count for nothing: look at "
+                            "these files, lower --lr, try --dtype float32")
+        if stop:
+            say(f"interrupted after step {step}; the same command goes on from there")
+            raise SystemExit(128 + (caught or [signal.SIGTERM])[0])
+        if keep:
+            save()
+    if rank == 0:
+        write_aside(out / "backbone.pth", teacher.state_dict())
+    say(f"done: {out / 'backbone.pth'} holds the teacher's backbone")
+    return out / "backbone.pth"
+
+def find_tiles(cfg):
+    """The tiles of --data, and a checksum of their images' names and sizes."""
+    if not cfg.data:
+        raise UserError("--data: name at least one folder of images")
+    tiles = Tiles(cfg.data, cfg.tile_size, cfg.window, raw=cfg.augment == "ct", unit=cfg.unit)
+    if len(tiles) < cfg.batch_size:
+        raise UserError(f"{len(tiles)} {cfg.unit} are fewer than --batch-size {cfg.batch_size}")
+    names = [os.path.basename(path) for path in tiles.files], tiles.sizes.tolist(), len(tiles)
+    return tiles, zlib.crc32(repr(names).encode("utf-8", "replace"))
+
+# ----------------------------------------
+# Signs of learning and of collapse.
+
+def effective_rank(features):
+    """RankMe (Garrido et al. 2023): exp of the entropy of the normalised singular values of [R, D]
+    features. Between 1 (all on one line: collapsed) and D."""
+    values = torch.linalg.svdvals(features.float().cpu())  # Apple's GPUs have none
+    p = values / values.sum().clamp_min(1e-12) + 1e-7
+    return float(torch.exp(-(p * p.log()).sum()))
+
+def watch(last):
+    """From (class tokens [B, G, D], nearest prototypes) of batches; {} below 1,024 images. std:
+    spread on the unit sphere. in_use: prototypes that some view is nearest to. match: how often a
+    view's nearest among second views of 64 images is that of its own; by chance 1/64."""
+    cls = torch.cat([cls for cls, _ in last])[-1024:].float()  # [1024, G, D]
+    if len(cls) < 1024:
+        return {}
+    x = F.normalize(cls, dim=2)
+    first, second = x[:, 0].unflatten(0, (16, 64)), x[:, 1].unflatten(0, (16, 64))
+    found = (first @ second.transpose(1, 2)).argmax(2)  # [16, 64]
+    match = (found == torch.arange(64, device=x.device)).float().mean()
+    in_use = torch.cat([nearest for _, nearest in last]).unique()
+    return {"rank": effective_rank(cls.flatten(0, 1)), "in_use": len(in_use),
+            "std": float(x.flatten(0, 1).std(0).norm()), "match": float(match)}
+
+def collapse(numbers, prototypes):
+    """A warning: class tokens all but one and the same, or a teacher without an opinion."""
+    no_opinion = numbers["teacher_entropy"] > 0.999 * math.log(prototypes)
+    if "rank" in numbers and (numbers["rank"] < 2 or numbers["std"] < 0.01 or no_opinion):
+        return "WARNING: the teacher has collapsed; see the README, 'Signs of collapse'"
+    return ""
 
 # ----------------------------------------
 # Checkpoints. A run's future depends on the networks, the optimiser, the scaler and the step, and
@@ -817,17 +859,12 @@ def go_on(cfg, parts, of_run):
     return 0, said
 
 def lock(out):
-    """Makes OUT, and keeps it for this process until the returned file is closed."""
+    """Makes OUT, and keeps it for this process until the returned lock is released."""
     out.mkdir(parents=True, exist_ok=True)
-    file = open(out / "lock", "w")
-    with suppress(ImportError):  # Windows has none
-        import fcntl
-
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"--out {out}: another run writes there; choose another") from None
-    return file
+    try:
+        return FileLock(out / "lock").acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"--out {out}: another run writes there; choose another") from None
 
 def open_metrics(path, start):
     """metrics.jsonl, open for steps from `start` on. Lines of these steps, which are done again,
@@ -852,6 +889,110 @@ def list_skipped(path, faults, files):
     return said
 
 # ----------------------------------------
+# Weights from elsewhere. Whatever layout a ViT was published in, it ends as a state dict under
+# DINOv2's names. A .pth is a pickle: without weights_only=True a hostile one would run its code.
+
+HUB = "https://dl.fbaipublicfiles.com/dinov2/dinov2_{0}/dinov2_{0}{1}_pretrain.pth"
+DINOV2 = {f"dinov2_vit{size}14{registers[:4]}": HUB.format(f"vit{size}14", registers)
+          for size in "sblg" for registers in ("", "_reg4")}
+# Attention heads by width: weights don't show their number.
+HEADS = {128: 2, 192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1536: 24}
+PLAIN = [argparse.Namespace, np.dtype, np.dtypes.Float64DType, np.dtypes.Int64DType,
+         np._core.multiarray.scalar]  # what DINO's and others' files hold, too
+
+def load_file(name):
+    """The dict in a .pth or .safetensors file; name: its path, one of DINOV2, hf_hub:OWNER/NAME.
+    UserError for all that can be wrong with it."""
+    path = str(name)
+    try:
+        if path in DINOV2 and not os.path.exists(path):
+            url = DINOV2[path]
+            return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
+        if path.startswith("hf_hub:"):
+            from huggingface_hub import hf_hub_download, list_repo_files
+
+            files = list_repo_files(path[7:])
+            best = max(files, key=lambda f: (f.endswith("safetensors"), f.endswith(("pth", "bin"))))
+            path = hf_hub_download(path[7:], best)
+        if path.endswith(".safetensors"):
+            from safetensors.torch import load_file as load_safetensors
+
+            return load_safetensors(path)
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
+            raise ValueError("a wrong checksum, which torch does not check")
+        with torch.serialization.safe_globals(PLAIN):
+            return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except ImportError as error:
+        raise UserError(f"{name}: pip install {error.name} to read it") from None
+    except Exception as error:  # a different type for each way in which it can be wrong
+        why = "no such file" if isinstance(error, FileNotFoundError) else type(error).__name__
+        raise UserError(f"{name}: {why}, can't be fetched or read; try a new download") from None
+
+def flatten(nested, prefix=""):
+    """{"teacher": {"norm.bias": t}} to {"teacher.norm.bias": t}; tensors only."""
+    flat = {}
+    for key, value in nested.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        elif isinstance(value, Tensor):
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+def read_backbone(name):
+    """The state dict of a backbone, DINOv2's, DINO's, RedDino's, DinoBloom's or timm's, under any
+    prefix, in DINOv2's names; of student and teacher, the teacher's. Raises UserError."""
+    state = {}
+    for key, value in flatten(load_file(name)).items():
+        key = re.sub(r"(_orig_mod|module|_\w+_wrapped_module)\.", "", key)
+        key = re.sub(r"\bblocks\.\d+\.(\d+\.)", r"blocks.\1", key)  # DINOv2's, in chunks
+        state[key.replace("reg_token", "register_tokens")] = value  # timm's
+    prefixes = [key[:-9] for key in state if re.search(r"\bcls_token$", key)]
+    prefix = max(prefixes, key=lambda prefix: "teacher" in prefix, default="")
+    state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    state = {k: v for k, v in state.items() if not re.match(r"(\w*head|classifier)\.", k)}
+    if not {"pos_embed", "patch_embed.proj.weight", "blocks.0.norm1.bias"} <= set(state):
+        raise UserError(f"{name}: no vision transformer in DINOv2's or timm's layout")
+    fc1, fc2 = (state.get(f"blocks.0.mlp.fc{n}.weight", torch.ones(1, 1)) for n in (1, 2))
+    if len(fc1) == 2 * fc2.shape[1]:  # SwiGLU, timm's names
+        state = {k.replace("fc1", "w12").replace("fc2", "w3"): v for k, v in state.items()}
+    pos = state["pos_embed"]
+    if math.isqrt(pos.shape[1]) ** 2 == pos.shape[1]:  # timm: the class token's is part of it
+        state["pos_embed"] = torch.cat([torch.zeros_like(pos[:, :1]), pos], dim=1)
+    return state
+
+def vit_from_state(state, img_size=None, heads=None):
+    """A VisionTransformer in eval mode with the weights of read_backbone; img_size: of its stored
+    positions, if not theirs; heads: of attention, if not by HEADS. Raises UserError."""
+    dim, stem = state["cls_token"].shape[-1], "patch_embed.stem.0.weight" in state
+    heads = heads or HEADS.get(dim)
+    if not heads or dim % heads:
+        raise UserError(f"{dim} dimensions: how many attention heads? Give --heads, a divisor")
+    patch = 8 if stem else state["patch_embed.proj.weight"].shape[-1]
+    depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+    registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
+    img_size = img_size or patch * math.isqrt(state["pos_embed"].shape[1] - 1)
+    swiglu, stem = "blocks.0.mlp.w12.weight" in state, "convs" if stem else "linear"
+    vit = VisionTransformer(img_size, patch, dim, depth, heads, swiglu, registers, stem=stem).eval()
+    load_weights(vit, state)
+    return vit
+
+def load_weights(vit, state, source="weights"):
+    """Load a state dict of read_backbone, positions stretched to vit's size; says what is new.
+    UserError if it is another architecture's."""
+    grid, own = vit.img_size // vit.patch_size, vit.state_dict()
+    pos = resize_pos_embed(state["pos_embed"], grid, grid, "register_tokens" in state)
+    state = state | {"pos_embed": pos}
+    if "blocks.0.ls1.gamma" not in state:  # DINO's ViTs have no LayerScale, which is one of 1
+        state |= {k: torch.ones_like(v) for k, v in own.items() if k.endswith("gamma")}
+    new = own.keys() - state.keys()
+    wrong = [k for k in state if k not in own or own[k].shape != state[k].shape]
+    wrong += new - {"mask_token", "register_tokens"}
+    if wrong:  # without it the features would be others
+        raise UserError(f"{source}: another architecture, {wrong[0]!r} does not fit; see --arch")
+    vit.load_state_dict(state, strict=False)
+    return f"{source}: {len(state)} tensors loaded; new: {', '.join(sorted(new)) or 'none'}"
+
+# ----------------------------------------
 # Devices and processes. torchrun starts a process for each GPU. Each reads files and trains on its
 # share of a batch; DistributedDataParallel averages their gradients.
 
@@ -868,14 +1009,12 @@ def choose_device(cfg):
     name = max(there, key=there.get) if cfg.device == "auto" else cfg.device  # the first there
     if not there[name]:
         raise UserError(f"--device {name}: PyTorch finds none (for each process)")
-    dtype = torch.float32
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    best = "bfloat16" if fast else "float32"  # a ViT-S step on 2 cores of a Zen 4: 7.3 s for 10.9
     if name == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = torch.bfloat16 if fast else torch.float16
-    elif torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
-        dtype = torch.bfloat16  # a ViT-S step on 2 cores of a Zen 4: 7.3 s for 10.9
-    if cfg.dtype != "auto":
-        dtype = getattr(torch, cfg.dtype)
+        best = "bfloat16" if fast else "float16"
+    dtype = getattr(torch, best if cfg.dtype == "auto" else cfg.dtype)
     return torch.device(name, local if name == "cuda" else None), dtype
 
 def start_processes(device):
@@ -915,213 +1054,53 @@ def interrupts(at_end):
     return caught
 
 # ----------------------------------------
-# Signs of learning and of collapse.
+# The command line.
 
-def effective_rank(features):
-    """RankMe (Garrido et al. 2023): exp of the entropy of the normalised singular values of [R, D]
-    features. Between 1 (all on one line: collapsed) and D."""
-    values = torch.linalg.svdvals(features.float().cpu())  # Apple's GPUs have none
-    p = values / values.sum().clamp_min(1e-12) + 1e-7
-    return float(torch.exp(-(p * p.log()).sum()))
+def flag_of(name):
+    return "--" + name.replace("_", "-")
 
-def watch(last):
-    """From (class tokens [B, G, D], nearest prototypes) of batches; {} below 1,024 images. std:
-    spread on the unit sphere. in_use: prototypes that some view is nearest to. match: how often a
-    view's nearest among second views of 64 images is that of its own; by chance 1/64."""
-    cls = torch.cat([cls for cls, _ in last])[-1024:].float()  # [1024, G, D]
-    if len(cls) < 1024:
-        return {}
-    x = F.normalize(cls, dim=2)
-    first, second = x[:, 0].unflatten(0, (16, 64)), x[:, 1].unflatten(0, (16, 64))
-    found = (first @ second.transpose(1, 2)).argmax(2)  # [16, 64]
-    match = (found == torch.arange(64, device=x.device)).float().mean()
-    in_use = torch.cat([nearest for _, nearest in last]).unique()
-    return {"rank": effective_rank(cls.flatten(0, 1)), "in_use": len(in_use),
-            "std": float(x.flatten(0, 1).std(0).norm()), "match": float(match)}
+def configure(**given):
+    """A Config: what is given, else a preset, else the default. Raises UserError."""
+    preset = PRESETS.get(given.get("augment"), {}) | PRESETS.get(given.get("arch"), {})
+    cfg = Config(**(preset | given))
+    for field in dataclasses.fields(Config):
+        value, allowed, flag = getattr(cfg, field.name), field.metadata, flag_of(field.name)
+        numbers = value if isinstance(value, list) else [value]
+        if isinstance(allowed["default"], list):
+            setattr(cfg, field.name, numbers)  # one will do, in Python too
+        if allowed["choices"] and value not in allowed["choices"]:
+            raise UserError(f"{flag} {value}: choose from {', '.join(allowed['choices'])}")
+        low, high = allowed["low"], allowed["high"]
+        for number in numbers:
+            if isinstance(number, int | float) and not low <= number <= high:
+                raise UserError(f"{flag} {number}: must lie between {low} and {high}")
+    patch = ARCHS[cfg.arch]["patch_size"]
+    for size in (cfg.global_size, cfg.local_size * (cfg.local_crops > 0)):
+        if size % patch or size > cfg.global_size:
+            raise UserError(f"--global-size, --local-size {size}: choose multiples of {patch}, "
+                            "local ones not above global ones")
+    check_window(cfg.window)
+    return cfg
 
-def collapse(signs, entropy, prototypes):
-    """A warning: class tokens all but one and the same, or a teacher without an opinion."""
-    no_opinion = entropy > 0.999 * math.log(prototypes)
-    if signs and (signs["rank"] < 2 or signs["std"] < 0.01 or no_opinion):
-        return "WARNING: the teacher has collapsed; see the README, 'Signs of collapse'"
-    return ""
+def parse_args(argv):
+    """The command line, without --data that of the demo. Raises UserError."""
+    def refuse(message):
+        raise UserError(f"{message} (see --help)")
 
-# ----------------------------------------
-# The loop.
-
-def find_tiles(cfg):
-    """The tiles of --data, and a checksum of their images' names and sizes."""
-    if not cfg.data:
-        raise UserError("--data: name at least one folder of images")
-    tiles = Tiles(cfg.data, cfg.tile_size, cfg.window, raw=cfg.augment == "ct", unit=cfg.unit)
-    if len(tiles) < cfg.batch_size:
-        raise UserError(f"{len(tiles)} {cfg.unit} are fewer than --batch-size {cfg.batch_size}")
-    names = [os.path.basename(path) for path in tiles.files], tiles.sizes.tolist(), len(tiles)
-    return tiles, zlib.crc32(repr(names).encode("utf-8", "replace"))
-
-def train(cfg, monitor=None):
-    """Returns OUT/backbone.pth, the teacher's backbone. monitor(backbone, device): numbers by name,
-    asked at each checkpoint in every process. Raises UserError or OSError for what the user can
-    mend, SystemExit(128 + signal) after a signal."""
-    with ExitStack() as at_end:  # what has to be done however the run ends
-        return train_in(Path(cfg.out), cfg, monitor, at_end)
-
-def train_in(out, cfg, monitor, at_end):
-    # --- processes, data, networks, optimiser
-    device, dtype = choose_device(cfg)
-    gpu, (rank, world) = device.type == "cuda", start_processes(device)
-    if cfg.batch_size % (world * cfg.accumulate):
-        raise UserError(f"--batch-size {cfg.batch_size}: choose a multiple of {world} processes x "
-                        f"--accumulate {cfg.accumulate}")
-    if rank == 0:
-        at_end.enter_context(lock(out))
-    tiles, files = find_tiles(cfg)
-    floats = torch.float64 if dtype == torch.float64 else torch.float32  # of parameters
-    torch.manual_seed(cfg.seed)
-    model = DINO(cfg).to(device, floats)
-    student, teacher = model.student["backbone"], model.teacher["backbone"]
-    optimizer = make_optimizer(model.student)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype.itemsize == 2)
-    parts = dict(student=model.student, teacher=model.teacher, centers=model.centers,
-                 optimizer=optimizer, scaler=scaler)
-    of_run = dict(files=files, processes=world)
-    step, note = go_on(cfg, parts, of_run)
-    of_run["config"] = {name: v for name, v in vars(cfg).items() if name not in MAY_CHANGE}
-    seen = torch.tensor([step, files], device=device)
-    if not torch.equal(all_reduce(seen.clone(), dist.ReduceOp.MAX), seen):
-        raise UserError("--data, --out: processes see different images or checkpoints")
-    if cfg.compile or (cfg.compile is None and gpu):
-        for block in [*student.blocks, *teacher.blocks]:  # by block: seconds
-            block.compile()
-    parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-
-    # --- files, loading processes, signals
-    if rank == 0 and step == 0:
-        (out / "skipped.txt").unlink(missing_ok=True)
-    metrics = open_metrics(out / "metrics.jsonl", step) if rank == 0 else open(os.devnull, "w")
-
-    def save():
-        if rank == 0:
-            os.fsync(metrics.fileno())
-            state = {name: part.state_dict() for name, part in parts.items()}
-            state |= of_run | {"step": step}
-            write_aside(out / "checkpoint.pth", state, keep=out / "previous.pth")
-
-    def save_the_rest(why, *_):  # data end, nobody reads the log any more, a signal came
-        if step and why in (UserError, BrokenPipeError, SystemExit):
-            save()
-
-    def say(*lines):
-        if rank == 0 and any(lines):
-            print(*filter(None, lines), sep="\n", flush=True)
-
-    say(f"{cfg.arch} on {len(tiles)} {cfg.unit} of {len(tiles.files)} images; {world} x "
-        f"{device.type}, {dtype}", *tiles.notes, note)
-    workers = min(cores(), 16 if gpu else 1) if cfg.workers < 0 else cfg.workers
-    loader = batches(cfg, tiles, step, student.patch_size, rank, world, workers, gpu)
-    caught = interrupts(at_end)
-    at_end.callback(loader.close)
-    at_end.push(save_the_rest)  # the first to be done, signals the last
-    last = deque(maxlen=-(-1024 * world // cfg.batch_size))  # batches that hold 1,024 images
-    faults, bad_in_a_row, began, since, waited = tiles.skipped, 0, step, time.monotonic(), 0.0
-    while step < cfg.iters:
-        # --- a batch; None as long as there is none
-        waiting = time.monotonic()
-        batch = next(loader)
-        waited += time.monotonic() - waiting
-        if batch is None and caught:
-            raise SystemExit(128 + caught[0])
-        if batch is None:
-            continue
-        *views_and_masks, indices, new_faults = batch
-        faults = faults | new_faults
-
-        # --- forward and backward
-        now = schedules(cfg, step)
-        apply_schedules(optimizer, now)
-        torch.manual_seed(int(np.random.default_rng((cfg.seed, step, rank, 3)).integers(2**62)))
-        batch = micro_batches(*views_and_masks, cfg.accumulate, device, floats)
-        optimizer.zero_grad(set_to_none=True)
-        losses, signs = train_step(parallel, batch, now["teacher_temp"], autocast, scaler)
-        scaler.unscale_(optimizer)
-        norms = {f"grad_{name[:4]}": nn.utils.clip_grad_norm_(part.parameters(), 3.0)  # DINOv2
-                 for name, part in model.student.items()}
-
-        # --- the one exchange of numbers: means over processes, and whether any is to stop
-        numbers = {"loss": sum(losses.values()), **losses, "teacher_entropy": signs["entropy"],
-                   **norms, "stop": len(caught)}
-        means = [torch.as_tensor(v, dtype=floats, device=device) for v in numbers.values()]
-        numbers = dict(zip(numbers, all_reduce(torch.stack(means)).div(world).tolist()))
-        stop = numbers.pop("stop") > 0
-
-        # --- update, unless a number is not finite: then nothing of this step is kept
-        finite = all(map(math.isfinite, numbers.values()))
-        if finite:
-            scaler.step(optimizer)
-            model.update_teacher(now["momentum"], signs["means"])
-            last.append((signs["cls"], signs["nearest"]))
-            bad_in_a_row = 0
-        else:
-            bad = sorted({repr(tiles.file_of(i)) for i in indices})
-            print(f"process {rank}: step {step} skipped, a loss or gradient is not finite; files: "
-                  f"{', '.join(bad)}", flush=True)
-            if scaler.get_scale() <= 1 or not math.isfinite(numbers["loss"]):
-                bad_in_a_row += 1  # else float16 looks for its scale
-        scaler.update()
-
-        # --- write down
-        step += 1
-        end = stop or bad_in_a_row == 3 or step == cfg.iters
-        log, keep = step % cfg.log_every == 0 or end, step % cfg.save_every == 0 or end
-        signs = watch(last) if log and last else {}
-        numbers |= signs
-        if monitor and keep and finite and not stop:
-            numbers |= monitor(teacher, device)
-        line = {"step": step - 1, **numbers, **now, "skipped": not finite}
-        line = {k: v if math.isfinite(v) else None for k, v in line.items()}  # JSON has no NaN
-        print(json.dumps(line), file=metrics, flush=True)
-        if log:
-            seconds = time.monotonic() - since
-            rate = (step - began) / seconds
-            told = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
-            say(list_skipped(out / "skipped.txt", faults, len(tiles.files) + len(tiles.skipped)),
-                f"step {step}/{cfg.iters}  {told}  {rate * cfg.batch_size:.1f} images/s, "
-                f"{waited / seconds:.0%} waiting for them  {(cfg.iters - step) / rate:.0f} s left",
-                collapse(signs, numbers["teacher_entropy"], cfg.prototypes))
-            began, since, waited, faults = step, time.monotonic(), 0.0, {}
-        if bad_in_a_row == 3:
-            raise UserError("three steps in a row were not finite, and count for nothing: look at "
-                            "these files, lower --lr, try --dtype float32")
-        if stop:
-            say(f"interrupted after step {step}; the same command goes on from there")
-            raise SystemExit(128 + (caught or [signal.SIGTERM])[0])
-        if keep:
-            save()
-    if rank == 0:
-        write_aside(out / "backbone.pth", teacher.state_dict())
-    say(f"done: {out / 'backbone.pth'} holds the teacher's backbone")
-    return out / "backbone.pth"
-
-def demo(cfg, evaluate):
-    """Without --data: draw smears, train on some, score the features on others before and after."""
-    import smears
-    from figures import demo_figures
-
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise UserError("--data: name your images; the demo is for one process")
-    out, before = Path(cfg.out), Path(cfg.out, "untrained.pth")
-    print(f"no --data: drawing blood smears in {out} to train on, and others to score on")
-    seen = smears.draw(out / "seen", 160, 2 * cfg.seed)
-    unseen = smears.draw(out / "unseen", 60, 2 * cfg.seed + 1)
-    torch.manual_seed(cfg.seed)
-    write_aside(before, DINO(cfg).teacher["backbone"].state_dict())
-    after = train(dataclasses.replace(cfg, data=[str(seen.parent / "smears")]))
-    weights = {"pixels": "pixels", "colour": "colour", "before training": before,
-               "after training": after}
-    crop, device = cfg.tile_size[0], cfg.device
-    evaluate(unseen, weights, ["knn", "linear"], crop, out / "scores", device)
-    print("pictures:", *demo_figures(out, unseen, before, after, crop, device))
+    parser = argparse.ArgumentParser("reddino.py", allow_abbrev=False)
+    parser.error = refuse
+    for field in dataclasses.fields(Config):
+        default = field.metadata["default"]
+        kind = dict(type=type(default), choices=field.metadata["choices"])
+        if isinstance(default, list):
+            kind = dict(nargs="+", type=field.type.__args__[0])
+        elif isinstance(default, bool | None):
+            kind = dict(action=argparse.BooleanOptionalAction)
+        presets = [f"; {name} {p[field.name]}" for name, p in PRESETS.items() if field.name in p]
+        text = f"{field.metadata['help']} [{default}{''.join(presets)}]"
+        parser.add_argument(flag_of(field.name), default=argparse.SUPPRESS, help=text, **kind)
+    given = vars(parser.parse_args(argv))
+    return configure(**(given if "data" in given else DEMO | given))
 
 def main(argv=None):
     """The command line. Exit code 2 and one line for what the user can mend, 128 + signal."""
@@ -1137,9 +1116,9 @@ def main(argv=None):
         if cfg.data:
             train(cfg, monitor)
         else:
-            from eval import evaluate
+            from smears import demo
 
-            demo(cfg, evaluate)
+            demo(cfg)
     except KeyboardInterrupt:
         print("reddino.py: interrupted", file=sys.stderr)
         sys.exit(130)

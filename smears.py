@@ -14,6 +14,8 @@ colour histogram 0.29, 16x16 pixels 0.41 (20-NN), a small CNN 0.98. Ranges: afte
 """
 import argparse
 import csv
+import dataclasses
+import os
 from collections import namedtuple
 from math import cos, pi, sin, sqrt
 from pathlib import Path
@@ -163,7 +165,6 @@ SOURCES = [  # after the looks of Chula RBC-12
 ]
 
 # --------------------------------------------------------------------------------- 3. an image
-
 def stamp(slide, shape, reach, x, y, radius, rng):
     """Add a cell's densities to slide [2, H, W], in a small window; x, y, radius in pixels."""
     half = int(reach * radius) + 4
@@ -362,10 +363,8 @@ def draw(out, images=200, seed=0, slices=False):
     int16 HU) and cells.csv (image,x,y,label,group,source; of slices also study_label).
 
     image is relative to out, x, y are a cell's centre in pixels, group is the patient. Image k
-    depends on seed and k alone. Returns the path of cells.csv, which is written last. Raises
-    ValueError on bad numbers, FileExistsError if out holds anything else than a drawing of the
-    same images and seed (returned as it is; drawn again if it was broken off).
-    """
+    depends on seed and k alone. Returns the path of cells.csv, which is written last. ValueError on
+    bad numbers, FileExistsError if out holds else than a drawing of the same images and seed."""
     if images < 1 or seed < 0:
         raise ValueError(f"images must be at least 1, seed at least 0, not {images} and {seed}")
     out, kind = Path(out), "slices" if slices else "smears"
@@ -377,21 +376,39 @@ def draw(out, images=200, seed=0, slices=False):
     if same and table.is_file():
         return table
     (out / kind).mkdir(parents=True, exist_ok=True)
-    marker.write_text(recipe)
+    marker.write_text(recipe)  # before the first: what was broken off is drawn again
     rows = [("image", "x", "y", "label", "group", "source") + ("study_label",) * slices]
     for k in range(images):
         pixels, cells, source, patient = ct(seed, k) if slices else smear(seed, k)
         name = f"{kind}/{k:04d}.{'npy' if slices else 'jpg'}"
-        of_image = [f"patient{patient:03d}", getattr(source, "name", source)]
+        of_image = [f"patient{patient:03d}"]
         if slices:
             np.save(out / name, pixels)
-            of_image.append(study(patient)[1])
+            of_image += [source, study(patient)[1]]
         else:
             Image.fromarray(pixels).save(out / name, quality=source.quality)
+            of_image.append(source.name)
         rows += [(name, *cell, *of_image) for cell in cells]
     with open(part, "w", newline="") as file:
         csv.writer(file).writerows(rows)
     return part.replace(table)  # only ever whole
+
+def demo(cfg):
+    """`python reddino.py` without --data: train on some smears, score the features on others, and
+    those of an untrained network. cfg: a reddino.Config. Raises as train and evaluate do."""
+    import reddino
+    from eval import evaluate
+    from figures import demo_figures
+
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise reddino.UserError("--data: name your images; the demo is for one process")
+    print(f"no --data: drawing blood smears in {cfg.out} to train on, and others to score on")
+    seen = draw(Path(cfg.out, "seen"), 160, 2 * cfg.seed).with_name("smears")
+    unseen = draw(Path(cfg.out, "unseen"), 60, 2 * cfg.seed + 1)
+    trained, crop = reddino.train(dataclasses.replace(cfg, data=[str(seen)])), cfg.tile_size[0]
+    weights = dict(pixels="pixels", colour="colour", untrained="random", trained=trained)
+    evaluate(unseen, weights, ["knn", "linear"], crop, Path(cfg.out, "scores"), cfg.device)
+    print("pictures:", *demo_figures(cfg.out, unseen, "random", trained, crop, cfg.device))
 
 def main():
     parser = argparse.ArgumentParser(description="Draw thin blood smears with labelled red cells.")

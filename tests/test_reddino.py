@@ -1005,7 +1005,7 @@ def watched(tokens, prototypes=64, entropy=2.0):
     for batch in tokens.split(128):
         last.append((batch, batch.flatten(0, 1)[:, :prototypes].argmax(1)))
     signs = reddino.watch(last)
-    return signs, reddino.collapse(signs, entropy, prototypes)
+    return signs, reddino.collapse(signs | {"teacher_entropy": entropy}, prototypes)
 
 
 def test_collapse_is_said_in_words_and_health_never():

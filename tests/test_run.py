@@ -478,9 +478,8 @@ def test_data_that_moved_goes_on_and_others_are_told(images, whole, tmp_path, mo
 
 def test_two_runs_in_one_folder(images, tmp_path, capsys):
     (tmp_path / "out").mkdir()
-    held = reddino.lock(tmp_path / "out")
-    assert "another run" in main(capsys, options(images, tmp_path / "out"))
-    held.close()
+    with reddino.lock(tmp_path / "out"):
+        assert "another run" in main(capsys, options(images, tmp_path / "out"))
     go(images, tmp_path / "out", iters=1)
 
 
