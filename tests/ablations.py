@@ -3,7 +3,7 @@
     python tests/ablations.py --chula CHULA             every run that tests/ablations.jsonl lacks
     python tests/ablations.py --chula CHULA --jobs 2    two at a time, a core each
     python tests/ablations.py --chula CHULA --table     what is there, as a table
-    python tests/ablations.py --chula CHULA --few out/backbone.pth    what it is worth, see few
+    python tests/ablations.py --chula CHULA --few out/backbone.pth    what labels are worth, see few
 
 CHULA holds smears/NNN.jpg and cells.csv (image,x,y,label). A run trains a `nano` from scratch for
 --iters steps on one core and is scored once: fit on the labels of the smears that it was trained
@@ -35,6 +35,7 @@ import reddino
 
 LINES = Path(__file__).with_suffix(".jsonl")
 NEVER_SEEN = 3  # of five blocks of smears, by number: see block
+FITS = ["supervised", "linear", "head", "lora", "full"]
 CROP = 56  # side of the square around a cell, in training and in judging
 
 # The base is the preset of nano, on single cells. Below, what each run changes.
@@ -230,33 +231,49 @@ def supervised(x, y, test_x, classes: int, seed: int, steps: int) -> np.ndarray:
         return torch.cat([net(small(part)).argmax(1) for part in test_x.split(256)]).numpy()
 
 
-def few(weights: list[str], draws: int, cells: ev.Cells, train: np.ndarray, test: np.ndarray):
-    """Prints the weighted F1 on the smears never seen that comes of the labels of 10 cells a class
-    (mean and deviation of --draws draws), and of all: by a nano that learns from labels alone, by
-    linear probes on what backbones say."""
+def few(args, cells: ev.Cells, train: np.ndarray, test: np.ndarray):
+    """Prints the weighted F1 on the smears never seen that comes of the labels of --labels cells a
+    class (mean and deviation of --draws draws), and of all: by a nano that learns from labels
+    alone; by a linear probe on what each backbone says; by training its head, adapters, or all of
+    it."""
     crops = torch.cat(list(ev.crops_of(cells, CROP, CROP)))
     y, n = torch.from_numpy(cells.label), len(cells.classes)
-    features = {}
-    for w in weights:
-        features[w] = ev.extract_features(ev.load_backbone(w, None, "cpu"), crops)
+    backbones = {w: ev.load_backbone(w, None, "cpu") for w in args.few}
+    features = {w: ev.extract_features(backbone, crops) for w, backbone in backbones.items()}
 
-    def f1(guess):
-        return 100 * f1_of(cells, test, guess)
+    def guess(fit, w, some, seed):
+        if fit == "supervised":
+            steps = 3000 if some is train else 500
+            return supervised(crops[some], y[some], crops[test], n, seed, steps)
+        if fit == "linear" and some is train:
+            x = features[w]
+            return ev.tuned_probe(x[some], y[some], x[test], cells.group[some], n).argmax(1)
+        if fit == "linear":
+            x = features[w]
+            return ev.linear_probe(x[some], y[some], x[test], ev.FEWSHOT_L2, n).argmax(1)
+        net = ev.fine_tune(backbones[w], crops[some], y[some], fit, n, seed)
+        return ev.extract_features(net, crops[test]).argmax(1)
 
-    by = {"supervised": [f1(supervised(crops[train], y[train], crops[test], n, 0, 3000))]}
-    for w, x in features.items():
-        probs = ev.tuned_probe(x[train], y[train], x[test], cells.group[train], n)
-        by[w] = [f1(probs.argmax(1).numpy())]
-    for seed in range(draws):
-        drawn = np.random.default_rng(seed).permutation(train)
-        ten = np.concatenate([drawn[cells.label[drawn] == c][:10] for c in range(n)])
-        by["supervised"].append(f1(supervised(crops[ten], y[ten], crops[test], n, seed, 500)))
-        for w, x in features.items():
-            probs = ev.linear_probe(x[ten], y[ten], x[test], ev.FEWSHOT_L2, n)
-            by[w].append(f1(probs.argmax(1).numpy()))
-    print("| | 10 labels a class | all labels |\n|---|---|---|")
-    for name, (of_all, *of_ten) in by.items():
-        print(f"| {name} | {mean_of(of_ten, 1)} | {of_all:.1f} |")
+    print("|  |", " | ".join(f"{k} labels a class" for k in args.labels), "| all labels |")
+    print("|---" * (len(args.labels) + 2) + "|")
+    for w in args.few:
+        for fit in args.fits:
+            if fit == "supervised" and w != args.few[0]:  # which no backbone changes
+                continue
+            if fit in ("head", "lora", "full") and not hasattr(backbones[w], "blocks"):
+                continue
+            row = []
+            for k in args.labels:
+                f1 = []
+                for seed in range(args.draws):
+                    drawn = np.random.default_rng(seed).permutation(train)
+                    some = [drawn[cells.label[drawn] == c][:k] for c in range(n)]
+                    guessed = guess(fit, w, np.concatenate(some), seed)
+                    f1.append(100 * f1_of(cells, test, np.asarray(guessed)))
+                row.append(mean_of(f1, 1))
+            row.append(f"{100 * f1_of(cells, test, np.asarray(guess(fit, w, train, 0))):.1f}")
+            what = fit if fit == "supervised" else f"{w}, {fit}"
+            print("|", " | ".join([what, *row]), "|", flush=True)
 
 
 # ------------------------------------------------------------------------------------ all runs
@@ -328,7 +345,9 @@ def main():
     add("--jobs", type=int, default=1, help="runs at a time, a core each")
     add("--table", action="store_true", help="print what is there")
     add("--few", nargs="+", metavar="WEIGHTS", help="what backbones and labels are worth")
-    add("--draws", type=int, default=20, help="of ten labels a class (default: %(default)s)")
+    add("--labels", type=int, nargs="+", default=[10, 50], help="cells a class that --few draws")
+    add("--draws", type=int, default=20, help="of these labels (default: %(default)s)")
+    add("--fits", nargs="+", choices=FITS, default=FITS, help="how --few learns from labels")
     args = parser.parse_args()
     args.out = args.out.resolve()
     torch.set_num_threads(1)
@@ -341,7 +360,7 @@ def main():
         if args.table:
             table(done, cells, parts[1])
         elif args.few:
-            few(args.few, args.draws, cells, *parts)
+            few(args, cells, *parts)
         else:
             all_runs(args, smears, cells, parts, done)
     except (OSError, RuntimeError, ev.UserError) as error:
