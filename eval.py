@@ -15,7 +15,6 @@ groups: cells of a smear share stain, focus and patient. So a group (or image) i
 sides; and as its cells err together, 95% intervals come from drawing groups anew.
 """
 import argparse
-import contextlib
 import copy
 import csv
 import hashlib
@@ -25,8 +24,6 @@ import json
 import math
 import os
 import re
-import time
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,16 +73,16 @@ class Cells:
     study: np.ndarray | None = None  # index of study_label
     place: np.ndarray | None = None  # grows along the slices of a group
     skipped: dict | None = None  # files that can't be read: why
-    digest: str = ""  # of all that the crops depend on
     window: tuple | None = None  # level and width, see read_image
 
 SPLIT, NUMBER = "(train|test|val)(ing|id|idation)?", r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?"
 CENTRE, BOX = ("x", "y"), ("xmin", "xmax", "ymin", "ymax")
+NOWHERE = [math.nan, math.nan]  # the image is the cell
 COLUMNS = {"image": ".+", "label": ".+", "group": ".+", "source": ".+", "study_label": ".+",
            "split": SPLIT} | dict.fromkeys((*CENTRE, *BOX, "slice"), NUMBER)
 
 def csv_rows(path, log):
-    """The rows of a CSV as {column: text}, with "centre". UserError says what is wrong where."""
+    """The rows of a CSV as {column: text}, with "file" and "centre". UserError: what is wrong."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file)
@@ -105,45 +102,50 @@ def csv_rows(path, log):
     rows = []
     for number, values in lines:
         row = dict(zip(names, map(str.strip, values)))
-        image = os.path.join(os.path.dirname(path), row["image"])
-        image = image if os.path.lexists(image) else image.replace("\\", "/")  # a path from Windows
-        wrong = [f"{k} is {v!r}" for k, v in row.items()
-                 if not re.fullmatch(COLUMNS.get(k, ".*"), v, re.S | re.I)]
+        file = os.path.join(os.path.dirname(path), row.get("image", ""))
+        file = file if os.path.lexists(file) else file.replace("\\", "/")  # from Windows
+        wrong = [f"{name} is {value!r}" for name, value in row.items()
+                 if not re.fullmatch(COLUMNS.get(name, ".*"), value, re.S | re.I)]
         if len(values) < len(names) or any(values[len(names):]):
             wrong = ["more or fewer values than names; a value with a comma stands in quotes"]
-        if wrong or not os.path.lexists(augment.file_and_frame(image)[0]):
-            why = wrong[0] if wrong else f"image {image} is not there"
-            raise UserError(f"{path}, line {number}: {why}")
-        place = np.array([row[name] for name in where] or [math.nan, math.nan], float)
-        rows.append(row | {"image": image, "centre": place.reshape(2, -1).mean(1).tolist()})
+        elif not os.path.lexists(augment.file_and_frame(file)[0]):
+            wrong.append(f"image {file} is not there")
+        if wrong:
+            raise UserError(f"{path}, line {number}: {wrong[0]}")
+        place = np.array([row[name] for name in where] or NOWHERE, float)
+        rows.append(row | {"file": file, "centre": place.reshape(2, -1).mean(1).tolist()})
     return rows
 
 def folder_rows(data, log):
     """A row for each image in FOLDER/CLASS, or in FOLDER/train/CLASS and FOLDER/test/CLASS."""
     def folders(*parent):
-        found = [e.name for e in os.scandir(os.path.join(*parent)) if e.is_dir()]
+        found = [path.name for path in Path(data, *parent).iterdir() if path.is_dir()]
         return sorted(name for name in found if not name.startswith("."))
 
-    rows, parts = [], [name for name in folders(data) if re.fullmatch(SPLIT, name, re.I)]
+    parts = [name for name in folders() if re.fullmatch(SPLIT, name, re.I)]
     if len({part[:3].lower() for part in parts}) < 2:
         parts = [""]
-    elif parts != folders(data):
+    elif parts != folders():
         log(f"{data}: only {', '.join(parts)} are used")
-    for part in parts:
-        row = {"centre": [math.nan, math.nan]} | ({"split": part} if part else {})
-        for label in folders(data, part):
-            images = augment.find_images(os.path.join(data, part, label))
-            rows += [row | {"label": label, "image": image} for image in images]
-    return rows
+    return [{"file": file, "label": label, "split": part, "centre": NOWHERE}
+            for part in parts for label in folders(part)
+            for file in augment.find_images(os.path.join(data, part, label))]
 
-def look(path, window):
+def look(file, window):
     """What to know of an image, or the BadImage that it is."""
     try:
-        image = augment.read_image(path, writable=False, window=window)
+        image = augment.read_image(file, writable=False, window=window)
     except BadImage as bad:
         return bad
     content = hashlib.sha256(f"{image.shape}".encode() + image.tobytes()).hexdigest()
-    return {"shape": image.shape[1::-1], "content": content, "patient": augment.dicom_group(path)}
+    return {"shape": image.shape[1::-1], "image": content, "patient": augment.dicom_group(file)}
+
+def column(rows, name, kind=str):
+    """A column's different values, and the index of each cell's; [], None where a cell has none."""
+    values = [kind(row[name]) for row in rows if row.get(name)]
+    numbers = {value: i for i, value in enumerate(sorted(set(values)))}
+    index = np.array([numbers[value] for value in values])
+    return (list(numbers), index) if len(index) == len(rows) else ([], None)
 
 def read_cells(data, drop_labels=(), window=None, log=quiet):
     """The labelled Cells of a CSV or of class folders; UserError for all that would make their
@@ -153,50 +155,53 @@ def read_cells(data, drop_labels=(), window=None, log=quiet):
     if unknown := set(drop_labels) - labels:
         raise UserError(f"--drop-label {min(unknown)}: labels are {', '.join(sorted(labels))}")
     rows = [row for row in rows if row["label"] not in drop_labels]
-    rows.sort(key=lambda row: row["image"])
-    paths = list(dict.fromkeys(row["image"] for row in rows))
+    files = sorted({row["file"] for row in rows})
     with ThreadPoolExecutor() as pool:
-        looks = dict(zip(paths, pool.map(look, paths, itertools.repeat(window))))
-    bad = {path: seen.reason for path, seen in looks.items() if isinstance(seen, BadImage)}
-    rows = [row | looks[row["image"]] for row in rows if row["image"] not in bad]
+        looks = dict(zip(files, pool.map(look, files, itertools.repeat(window))))
+    bad = {file: seen.reason for file, seen in looks.items() if isinstance(seen, BadImage)}
     if bad:
-        text = f"{len(bad)} of {len(paths)} images can't be read: {BadImage(*min(bad.items()))}"
+        text = f"{len(bad)} of {len(files)} images can't be read: {looks[min(bad)]}"
         log(text)
-        if 2 * len(bad) > len(paths):
+        if 2 * len(bad) > len(files):
             raise UserError(text)
-    if len({row["label"] for row in rows}) < 2:
+    rows = [row | looks[row["file"]] for row in rows if row["file"] not in bad]
+    rows.sort(key=lambda row: row["file"])
+    classes, label = column(rows, "label")
+    if len(classes) < 2:
         raise UserError(f"{data}: {len(rows)} cells, not of two classes; see --data in --help")
-
-    def column(name, kind=str):
-        """Its different values, and the index of each cell's; None where one has none."""
-        values = [kind(row[name]) for row in rows if row.get(name)]
-        numbers = {value: i for i, value in enumerate(sorted(set(values)))}
-        index = np.array([numbers[value] for value in values])
-        return (list(numbers), index) if len(index) == len(rows) else ([], None)
-
-    (files, file), (classes, label), (sources, source) = map(column, ("image", "label", "source"))
-    image, place, study = column("content")[1], column("slice", float)[1], column("study_label")[1]
-    groups = {"group": column("group")[1], "patient": column("patient")[1], "image": image}
-    by = next(name for name, group in groups.items() if group is not None)
+    files, file = column(rows, "file")
+    sources, source = column(rows, "source")
+    by = next(name for name in ("group", "patient", "image") if column(rows, name)[0])
     centre, shape = (np.array([row[name] for row in rows]) for name in ("centre", "shape"))
-    outside, counts = ((centre < 0) | (centre > shape)).any(1), np.bincount(label)
-    split = [row["split"][:3].lower() for row in rows if "split" in row]
-    kinds = {"tra": "train", "tes" if "tes" in split else "val": "test"}
-    split = np.array([kinds.get(part, "") for part in split]) if split else None
-    first = rows[outside.argmax()]
-    for wrong, text in (
-            (outside.any(), "{centre} is outside of {image}, of {shape} pixels".format(**first)),
-            (counts.min() < 2, f"class {classes[counts.argmin()]!r} has one cell, which can't be "
-             "both learnt and tested; label more of it or leave it out with --drop-label"),
-            (split is None and len(set(groups[by])) < 2, f"all cells are of one {by}"),
-            (centre.max() <= 1, "x and y look like fractions of the image's size, not pixels"),
-            (study is not None and len({*zip(groups[by], study)}) > len(set(groups[by])),
-             "study_label has two values in one group")):
-        if wrong:
-            raise UserError(f"{data}: {text}")
-    content = hashlib.sha256(repr([(row["content"], *row["centre"]) for row in rows]).encode())
-    return Cells(files, file, centre, label, classes, image, groups[by], by, source, sources, split,
-                 study, file if place is None else place, bad, content.hexdigest(), window)
+    place, split = column(rows, "slice", float)[1], None
+    if any(row.get("split") for row in rows):
+        parts = np.array([row["split"][:3].lower() for row in rows])
+        tested = parts == ("tes" if "tes" in parts else "val")
+        split = np.select([parts == "tra", tested], ["train", "test"], "")
+    cells = Cells(files, file, centre, label, classes, column(rows, "image")[1],
+                  column(rows, by)[1], by, source, sources, split, column(rows, "study_label")[1],
+                  file if place is None else place, bad, window)
+    if problem := problem_of(cells, shape):
+        raise UserError(f"{data}: {problem}")
+    return cells
+
+def problem_of(cells, shape):
+    """What would make scores of these cells meaningless, or None."""
+    counts, groups = np.bincount(cells.label), len(set(cells.group))
+    outside = ((cells.centre < 0) | (cells.centre > shape)).any(1)
+    if outside.any():
+        i = outside.argmax()
+        return (f"{cells.centre[i].tolist()} is outside of {cells.files[cells.file[i]]}, of "
+                f"{shape[i].tolist()} pixels")
+    if counts.min() < 2:
+        return (f"class {cells.classes[counts.argmin()]!r} has one cell, which can't be both "
+                "learnt and tested; label more of it or leave it out with --drop-label")
+    if cells.split is None and groups < 2:
+        return f"all cells are of one {cells.by}"
+    if cells.centre.max() <= 1:
+        return "x and y look like fractions of the image's size, not pixels"
+    if cells.study is not None and len({*zip(cells.group, cells.study)}) > groups:
+        return "study_label has two values in one group"
 
 # --------------------------------------------------------------------------------------------------
 # Crops, and ways to split them. Threads decode the files, each once for all of its cells.
@@ -257,13 +262,13 @@ def make_splits(cells, folds, seed, log=print):
     """{name: [(training cells, test cells), ...]}: k folds or the data's own split; and each source
     left out in turn: does it work on our microscope?"""
     fold, splits = group_folds(cells.group, cells.label, folds, seed), {}
-    tests = [(f"{fold.max() + 1} folds by {cells.by}", fold == f) for f in range(fold.max() + 1)]
+    k = fold.max() + 1
+    tests = [(f"{k} folds by {cells.by}", fold == f) for f in range(k)]
     learn = ask = np.ones(len(fold), bool)
     if cells.split is not None:
         learn, ask = cells.split == "train", cells.split == "test"
         tests = [("the given split", ask)]
-    sources = range(len(cells.sources) if len(cells.sources) > 1 else 0)
-    tests += [("one source left out", cells.source == s) for s in sources]
+    tests += [("one source left out", cells.source == s) for s in range(len(cells.sources))]
     for name, part in tests:
         test, train = np.flatnonzero(ask & part), np.flatnonzero(learn & ~part)
         known = np.isin(cells.group[train], cells.group[test])
@@ -325,8 +330,8 @@ def make_backbone(name, like, heads):
 
 def load_backbone(name, size=None, device="auto", like=None, seed=0, heads=None):
     """A frozen backbone by path or name, see --weights: [B, 3, size, size] to features [B, D]; with
-    .size (default: as trained, at most 224), .device, .digest of its weights. UserError if there is
-    none. like: whose shape `random` takes. heads: of attention, where its width doesn't tell."""
+    .size (default: as trained, at most 224) and .device. like: whose shape `random` takes. heads:
+    of attention, where its width doesn't tell. Raises UserError."""
     name, device = str(name), reddino.choose_device(reddino.configure(device=device))[0]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -336,10 +341,7 @@ def load_backbone(name, size=None, device="auto", like=None, seed=0, heads=None)
     backbone.size = {"pixels": PIXELS, "colour": COLOUR}.get(name) or size or default
     if backbone.size % patch:
         raise UserError(f"--size {size}: {name} takes multiples of its patch size, {patch}")
-    content = hashlib.sha256(f"{type(backbone).__name__} {heads}".encode())
-    for key, value in backbone.state_dict().items():
-        content.update(key.encode() + value.numpy().tobytes())
-    backbone.digest, backbone.device = content.hexdigest(), device
+    backbone.device = device
     return backbone.to(device)
 
 @torch.inference_mode()
@@ -360,25 +362,13 @@ def extract_features(backbone, images, batch=256, mean=False):
         parts.append(x.float().cpu())
     return torch.cat(parts)
 
-def embed(label, backbone, cells, crop, out, log, mean=False):
-    """Features [n, D] of all cells. Kept in `out` under a name made of the content of weights,
-    images, preprocessing: the next protocol costs seconds. UserError if they are not finite."""
-    key = f"{backbone.digest}{cells.digest}{crop} {backbone.size} {backbone.device.type} {mean}"
-    cache = Path(out or ".", "features", hashlib.sha256(key.encode()).hexdigest()[:32] + ".pt")
-    began = time.monotonic()
-    with contextlib.suppress(Exception):  # a different type for each way in which it can be wrong
-        with zipfile.ZipFile(cache) as archive:
-            whole = out and not archive.testzip()  # checksums, which torch.load doesn't compare
-        if whole and len(x := torch.load(cache, weights_only=True)) == len(cells.label):
-            return x
+def embed(label, backbone, cells, crop, log, mean=False):
+    """Features [n, D] of all cells. UserError if they are not finite."""
     x = torch.cat([extract_features(backbone, crops, mean=mean)
                    for crops in crops_of(cells, crop, backbone.size)])
     if not x.isfinite().all():
         raise UserError(f"--weights {label}: some features are not finite; did training diverge?")
-    log(f"{label}: {x.shape[1]} features of {len(x):,} cells in {time.monotonic() - began:.0f} s")
-    if out:
-        cache.parent.mkdir(exist_ok=True)
-        reddino.write_aside(cache, x)
+    log(f"{label}: {x.shape[1]} features of {len(x):,} cells")
     return x
 
 # --------------------------------------------------------------------------------------------------
@@ -394,49 +384,47 @@ def knn(train_x, train_y, test_x, k=20, n_classes=None, temp=0.07):
         shares.append(votes.sum(1))
     return torch.cat(shares)
 
-def linear_probe(train_x, train_y, test_x, l2=1e-2, n_classes=None, tolerance=0.0):
+def linear_probe(train_x, train_y, test_x, l2=1e-2, n_classes=None, tolerance=1e-7):
     """Multinomial logistic regression: the minimum of mean cross-entropy + l2/2 |W|^2 on
-    standardised features; scikit-learn's C is 1 / (l2 N). A class that isn't there gets 0. l2: one,
-    or several, strongest first, for [l2, M, C]: each starts from the one before. tolerance: it ends
-    where a pass lowers the loss by less."""
+    standardised features; scikit-learn's C is 1 / (l2 N). A class that isn't there gets 0. It ends
+    where a pass lowers the loss by less than `tolerance`."""
     mean, std = train_x.mean(0), train_x.std(0, correction=0)
     std = torch.where(std > 1e-6 * mean.abs(), std, 1)  # constant: stays about 0
     x, test_x = (train_x - mean) / std, (test_x - mean) / std
-    # A ViT's features are so correlated that L-BFGS crawls. Along their principal axes, each scaled
-    # by the root of its curvature (at most variance / 4, plus l2), it needs fewer passes for the
-    # same minimum (Chula, 768 features, one core: 8 s; scikit-learn 27).
+    # A ViT's features are so correlated that L-BFGS crawls. With W = V axes, principal axes divided
+    # by the root of the loss's curvature along them (at most variance / 4, plus l2), it needs fewer
+    # passes to the same minimum.
     _, s, axes = torch.linalg.svd(torch.linalg.qr(x, "r")[1], full_matrices=False)
-    x, test_x, variance = x @ axes.T, test_x @ axes.T, s.square() / len(x)
+    axes = axes * (s.square() / len(x) / 4 + l2).rsqrt()[:, None]  # [A, D]
     absent = train_y.bincount(minlength=n_classes or 0) == 0
-    never = x.new_zeros(len(absent)).masked_fill(absent, -math.inf)
-    weight, bias, probs = x.new_zeros(len(absent), x.shape[1]), torch.zeros_like(never), []
-    for strength in np.atleast_1d(l2).tolist():
-        scale = (variance / 4 + strength).rsqrt()
-        weight, bias = (weight / scale).requires_grad_(), bias.requires_grad_()
-        optimizer = torch.optim.LBFGS(
-            [weight, bias], max_iter=1000, history_size=50, line_search_fn="strong_wolfe",
-            tolerance_grad=1e-6, tolerance_change=max(tolerance, torch.finfo(x.dtype).eps))
+    bias = x.new_zeros(len(absent), requires_grad=True)
+    v = x.new_zeros(len(absent), len(axes), requires_grad=True)  # [C, A]
+    optimizer = torch.optim.LBFGS([v, bias], max_iter=1000, history_size=50, tolerance_grad=1e-6,
+                                  tolerance_change=tolerance, line_search_fn="strong_wolfe")
 
-        def loss(own=optimizer, weight=weight, bias=bias, scale=scale, strength=strength):
-            own.zero_grad()
-            value = F.cross_entropy(F.linear(x, scale * weight, bias) + never, train_y)
-            value = value + strength / 2 * (scale * weight).square().sum()
-            value.backward()
-            return value
+    def logits(x):
+        return F.linear(x, v @ axes, bias).masked_fill(absent, -math.inf)
 
-        optimizer.step(loss)
-        weight, bias = (scale * weight).detach(), bias.detach()
-        probs.append((F.linear(test_x, weight, bias) + never).softmax(1))
-    return torch.stack(probs) if np.ndim(l2) else probs[0]
+    def loss():
+        optimizer.zero_grad()
+        value = F.cross_entropy(logits(x), train_y) + l2 / 2 * (v @ axes).square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return logits(test_x).detach().softmax(1)
 
 def tuned_probe(train_x, train_y, test_x, groups, n_classes, seed=0):
     """linear_probe at the l2 with the best weighted F1 on a fifth of the groups, held out."""
     y, l2 = train_y.cpu().numpy(), 1e-2
     held = group_folds(groups, y, 5, seed) == 0
-    if not held.all():  # loose fits rank strengths as well, in a third of the time
-        found = linear_probe(train_x[~held], train_y[~held], train_x[held], L2, n_classes, 1e-5)
-        counts = [confusion(y[held], p.argmax(1).cpu().numpy(), n_classes) for p in found]
-        l2 = L2[scores(np.stack(counts))["weighted_f1"].argmax()]
+    if not held.all():
+        found = {}
+        for l2 in L2:  # loose fits rank strengths as well, in half of the time
+            probs = linear_probe(train_x[~held], train_y[~held], train_x[held], l2, n_classes, 1e-5)
+            counts = confusion(y[held], probs.argmax(1).cpu().numpy(), n_classes)
+            found[l2] = scores(counts)["weighted_f1"]
+        l2 = max(found, key=found.get)
     return linear_probe(train_x, train_y, test_x, l2, n_classes)
 
 def train_net(net, inputs, y, lr, epochs, batch=64):
@@ -554,23 +542,36 @@ def judge(truth, probs, group, seed=0):
     again = scores(np.tensordot(bootstrap(len(counts), seed), counts, 1).astype(float))
     return {"cells": len(truth), "confusion": counts.sum(0).astype(int).tolist(), "again": again}
 
-def rows_of(results, **place):
-    """{backbone: result} to a row for each, and for each difference of two: "minus"."""
-    rows = []
-    for a, b in itertools.product(results, (None, *results)):
-        more = {"minus": b} if b else {k: v for k, v in results[a].items() if k != "again"}
-        other = results[b]["again"] if b else {}
-        again = {k: v - other.get(k, 0) for k, v in results[a]["again"].items()}
-        ends = {k: np.percentile(v[1:], [2.5, 97.5]).tolist() for k, v in again.items()}
-        row = {k: float(v[0]) for k, v in again.items()} | {"interval": ends}
-        rows += [place | {"weights": a} | more | row] if a != b else []
-    return rows
+def summary(again):
+    """Of "again": {metric: score}, and the ends of their 95% intervals."""
+    ends = {k: np.percentile(v[1:], [2.5, 97.5]).tolist() for k, v in again.items()}
+    return {k: float(v[0]) for k, v in again.items()} | {"interval": ends}
+
+def judge_parts(truth, probs, group, parts, seed):
+    """judge of all test cells; probs: a list, for those of each part."""
+    tested = np.concatenate([test for _, test in parts])
+    return judge(truth[tested], torch.cat(probs).cpu().numpy(), group[tested], seed)
+
+def rows_of(found, split):
+    """{backbone: {protocol: result}} to a row for each; and one for each difference of two."""
+    rows, pairs = [], []
+    for name in dict.fromkeys(name for results in found.values() for name in results):
+        results = {label: of[name] for label, of in found.items() if name in of}
+        for a, result in results.items():
+            row = {"protocol": name, "split": split, "weights": a}
+            more = {k: v for k, v in result.items() if k != "again"}
+            rows.append(row | more | summary(result["again"]))
+            for b in results:
+                gap = {k: v - results[b]["again"][k] for k, v in result["again"].items()}
+                pairs += [row | {"minus": b} | summary(gap)] if a != b else []
+    return rows, pairs
 
 def few_shot(x, y, parts, shots, seed):
     """A result: the mean of DRAWS; then each, a linear probe on `shots` random training cells a
     class, on the next fold. {} where a class has fewer."""
-    truth, drawn, n = y.cpu().numpy(), [], int(y.max()) + 1
-    for draw, (train, test) in zip(range(DRAWS), itertools.cycle(parts)):
+    truth, n, drawn = y.cpu().numpy(), int(y.max()) + 1, []
+    for draw in range(DRAWS):
+        train, test = parts[draw % len(parts)]
         train = np.random.default_rng([seed, draw]).permutation(train)
         some = np.concatenate([train[truth[train] == c][:shots] for c in range(n)])
         if len(some) < shots * n:
@@ -583,35 +584,29 @@ def few_shot(x, y, parts, shots, seed):
 # --------------------------------------------------------------------------------------------------
 # The whole.
 
-def measure(x, cells, parts, protocols, seed, backbone=None, crops=None):
-    """{protocol: result} of one backbone's features [n, D] on one way to split the cells; of its
-    fine-tuning, crops."""
+def measure(x, cells, parts, protocols, seed):
+    """{protocol: result} of one backbone's features [n, D] on one way to split the cells."""
     y, n, results = torch.from_numpy(cells.label).to(x.device), len(cells.classes), {}
 
-    def add(name, fit, parts=parts, truth=cells.label, group=cells.group):
-        tested = np.concatenate([test for _, test in parts])
-        probs = torch.cat([fit(train, test) for train, test in parts]).cpu().numpy()
-        results[name] = judge(truth[tested], probs, group[tested], seed)
+    def add(name, probs):  # of the test cells of each part
+        results[name] = judge_parts(cells.label, probs, cells.group, parts, seed)
 
-    for k in (1, 20) if "knn" in protocols else ():
-        add(f"{k}-NN", lambda a, b, k=k: knn(x[a], y[a], x[b], k, n))
+    if "knn" in protocols:
+        add("1-NN", [knn(x[a], y[a], x[b], 1, n) for a, b in parts])
+        add("20-NN", [knn(x[a], y[a], x[b], 20, n) for a, b in parts])
     if "linear" in protocols:
-        add("linear probe", lambda a, b: tuned_probe(x[a], y[a], x[b], cells.group[a], n, seed))
-    for shots in SHOTS if "fewshot" in protocols else ():
-        if found := few_shot(x, y, parts, shots, seed):
-            results[f"few-shot, {shots} a class"] = found
-    kinds = ["full", "head", *["lora"] * hasattr(backbone, "blocks")]
-    for kind in kinds if crops is not None and backbone.state_dict() else ():
-        def tune(a, b, kind=kind):
-            tune.net = fine_tune(backbone, crops[a], y[a], kind, n, seed)
-            return extract_features(tune.net, crops[b]).softmax(1)
+        add("linear probe", [tuned_probe(x[a], y[a], x[b], cells.group[a], n, seed)
+                             for a, b in parts])
+    if "fewshot" in protocols:
+        found = {f"few-shot, {k} a class": few_shot(x, y, parts, k, seed) for k in SHOTS}
+        results |= {name: result for name, result in found.items() if result}
+    if "study" in protocols:
+        results |= measure_studies(x, cells, parts, seed)
+    return results
 
-        if kind in protocols:
-            add(f"fine-tuned, {kind}", tune)
-            results[f"fine-tuned, {kind}"]["trained"] = tune.net.trained
-    if "study" not in protocols:
-        return results
-    # Studies: groups. Their class: study_label, or all labels of their slices.
+def measure_studies(x, cells, parts, seed):
+    """The same of studies, which are groups of slices, by three ways to pool these. A study's
+    class: its study_label, or all labels of its slices."""
     order = np.lexsort((cells.place, cells.group))
     of = np.split(order, np.flatnonzero(np.diff(cells.group[order])) + 1)  # a study's slices
     label = cells.label if cells.study is None else cells.study
@@ -619,11 +614,26 @@ def measure(x, cells, parts, protocols, seed, backbone=None, crops=None):
     y, n, every = torch.from_numpy(truth).to(x.device), truth.max() + 1, np.arange(len(of))
     place = [torch.from_numpy(cells.place[s] - cells.place[s[0]]).to(x.device) for s in of]
     place, slices = pad_sequence(place, True, -1), pad_sequence([x[s] for s in of], True)
-    given = [[np.unique(cells.group[some]) for some in part] for part in parts], truth, every
+    parts = [[np.unique(cells.group[some]) for some in part] for part in parts]
+    found = {}
     for name, pool in (("mean", torch.mean), ("maximum", torch.amax)):
         z = torch.stack([pool(x[s], 0) for s in of])
-        add(f"study: {name}", lambda a, b, z=z: tuned_probe(z[a], y[a], z[b], a, n, seed), *given)
-    add("study: attention", lambda a, b: attend(slices, place, y, a, b, seed), *given)
+        found[name] = [tuned_probe(z[a], y[a], z[b], a, n, seed) for a, b in parts]
+    found["attention"] = [attend(slices, place, y, a, b, seed) for a, b in parts]
+    return {f"study: {name}": judge_parts(truth, probs, every, parts, seed)
+            for name, probs in found.items()}
+
+def measure_tuned(backbone, crops, cells, parts, kinds, seed):
+    """The same of a backbone's fine-tuning on crops, by those of `kinds` that it can."""
+    y, results = torch.from_numpy(cells.label), {}
+    for kind in kinds if backbone.state_dict() else ():
+        if kind != "lora" or hasattr(backbone, "blocks"):
+            probs = []
+            for train, test in parts:
+                net = fine_tune(backbone, crops[train], y[train], kind, len(cells.classes), seed)
+                probs.append(extract_features(net, crops[test]).softmax(1))
+            result = judge_parts(cells.label, probs, cells.group, parts, seed)
+            results[f"fine-tuned, {kind}"] = result | {"trained": net.trained}
     return results
 
 def knn_monitor(tables, size, window=None, crop=80):
@@ -639,7 +649,7 @@ def knn_monitor(tables, size, window=None, crop=80):
         found, backbone = {}, copy.deepcopy(backbone).float().eval()
         backbone.size, backbone.device = size, device
         for i, (crops, *given) in enumerate(sets):
-            result = measure(extract_features(backbone, crops), *given, ("knn",), 0)["20-NN"]
+            result = measure(extract_features(backbone, crops), *given, ["knn"], 0)["20-NN"]
             found[f"knn{i or ''}"] = float(result["again"]["weighted_f1"][0])
         return found
 
@@ -671,21 +681,18 @@ def evaluate(data, weights, protocols=PROTOCOLS, crop=80, out=None, device="auto
     cells = read_cells(str(data), drop_labels, window, say)
     if "study" in protocols and cells.by == "image":
         raise UserError("--protocols study: column `group` has to say which study a slice is of")
-    found = {label: embed(label, backbone, cells, crop, out, say, features == "cls+mean")
-             for label, backbone in backbones.items()}
+    x = {label: embed(label, backbone, cells, crop, say, features == "cls+mean")
+         for label, backbone in backbones.items()}
     crops = torch.cat(list(crops_of(cells, crop, 224))) if finetune else None  # 19 KB each at 80
-    rows, pairs, asked = [], [], {*protocols, *finetune}
+    rows, pairs, asked = [], [], {*protocols}
     for split, parts in make_splits(cells, folds, seed, say).items():
-        by = {}
+        found = {}
         for label, backbone in backbones.items():
-            began, x = time.monotonic(), found[label].to(backbone.device)
-            results = measure(x, cells, parts, asked, seed, backbone, crops)
-            for name, result in results.items():
-                by.setdefault(name, {})[label] = result
-            say(f"{label}: {split}, {time.monotonic() - began:.0f} s")
-        for name, results in by.items():
-            for row in rows_of(results, protocol=name, split=split):
-                (pairs if "minus" in row else rows).append(row)
+            found[label] = measure(x[label].to(backbone.device), cells, parts, asked, seed)
+            found[label] |= measure_tuned(backbone, crops, cells, parts, finetune, seed)
+            say(f"{label}: {split}, done")
+        for table, more in zip((rows, pairs), rows_of(found, split)):
+            table += more
         asked -= {"fewshot"}  # of the first split
     results = dict(data=str(data), crop=crop, window=window, seed=seed, cells=len(cells.label),
                    classes=cells.classes, sources=cells.sources, skipped=cells.skipped, rows=rows,
@@ -697,7 +704,7 @@ def evaluate(data, weights, protocols=PROTOCOLS, crop=80, out=None, device="auto
     if figures:
         from figures import draw_figures
 
-        draw_figures(figures, results, found, backbones, cells, seed, say)
+        draw_figures(figures, results, x, backbones, cells, seed, say)
     return results
 
 def as_table(results):
@@ -738,7 +745,7 @@ def main(argv=None):
     add("--features", default="cls", help="cls, or cls+mean: with the mean patch token")
     add("--window", nargs=2, type=float, help="LEVEL WIDTH: what is seen of deep grey")
     add("--drop-label", nargs="+", default=[], dest="drop_labels", help="classes to leave out")
-    add("--out", default="out/eval", help="folder of results and cached features (out/eval)")
+    add("--out", default="out/eval", help="folder of results (out/eval)")
     add("--figures", help="folder to draw into")
     add("--folds", type=int, default=5)
     add("--seed", type=int, default=0)

@@ -122,14 +122,6 @@ def test_linear_probe_reaches_the_minimum_in_float32_on_hard_features():
         assert abs(found + l2 / 2 * own.square().sum().item() - target) < 1e-4 * target
 
 
-def test_linear_probe_path_is_the_single_fits():
-    x, y = blobs(spread=0.3)
-    path = ev.linear_probe(x[:200], y[:200], x[200:], [1e-1, 1e-2, 1e-3])
-    for l2, probs in zip([1e-1, 1e-2, 1e-3], path):
-        single = ev.linear_probe(x[:200], y[:200], x[200:], l2)
-        np.testing.assert_allclose(probs, single, atol=0.005)
-
-
 def test_tuned_probe_takes_the_strength_that_is_best_on_held_out_groups():
     x, y = blobs(400, 60, 3, spread=0.15)  # noise enough for the weakest penalties to overfit
     groups = np.arange(400) // 5
@@ -205,9 +197,9 @@ def test_comparison_is_paired():
     more[np.flatnonzero(~wrong)[0]] = True
     found = {}
     for label, errs in (("a", wrong), ("b", more)):
-        found[label] = ev.judge(truth, np.eye(2)[errs[group].astype(int)], group)
-    rows = ev.rows_of(found, protocol="20-NN", split="folds")
-    (gap,) = [row for row in rows if row["weights"] == "b" and "minus" in row]
+        found[label] = {"20-NN": ev.judge(truth, np.eye(2)[errs[group].astype(int)], group)}
+    rows, pairs = ev.rows_of(found, "folds")
+    (gap,) = [row for row in pairs if row["weights"] == "b"]
     assert gap["minus"] == "a" and gap["accuracy"] == pytest.approx(-1 / 40)
     assert (gap["protocol"], gap["split"]) == ("20-NN", "folds")
     low, high = rows[0]["interval"]["accuracy"]
@@ -436,13 +428,12 @@ def test_heads_that_the_width_does_not_tell(tmp_path):
     torch.save(state, tmp_path / "h.pth")
     image = picture(224, 224)
     expected = timms_tokens(model, image)[:, 0]
-    found, digests = {}, set()
+    found = {}
     for heads in (4, 5):
         backbone = ev.load_backbone(tmp_path / "h.pth", device="cpu", heads=heads)
         found[heads] = ev.extract_features(backbone, [image])
-        digests.add(backbone.digest)
     torch.testing.assert_close(found[4], expected, rtol=1e-4, atol=1e-4)
-    assert torch.cosine_similarity(found[5], expected) < 0.9 and len(digests) == 2
+    assert torch.cosine_similarity(found[5], expected) < 0.9
     with pytest.raises(UserError, match="--heads"):
         ev.load_backbone(tmp_path / "h.pth", device="cpu")
 
@@ -492,9 +483,6 @@ def test_torchvision_classifier_without_its_last_layer(name, last, monkeypatch):
         assert whole(ev.network_input(image, (224, 224), CPU)).shape == (1, 1000)
     expected = seen[0].mean((2, 3)) if seen[0].dim() == 4 else seen[0]
     torch.testing.assert_close(ev.extract_features(backbone, image), expected, rtol=1e-4, atol=1e-4)
-    next(whole.parameters()).data += 1
-    again = ev.load_backbone(name, device="cpu")
-    assert again.digest != backbone.digest  # features are kept by content, not by name
 
 
 def test_random_takes_the_shape_of_a_checkpoint_and_tells_images_apart():
@@ -605,21 +593,10 @@ def test_whole_evaluation_of_a_csv(tmp_path):
     assert re.search(r"\| macro_f1 +\| weighted_f1", table)
     assert all(f"{protocol}, {split}" in said[-1] for protocol, split in names)
 
-    extracted = [s for s in said if "features of" in s]  # again: no image is decoded
-    again = ev.evaluate(data, weights, ["knn"], crop=24, out=out, log=said.append)
-    assert len(extracted) == 3 == len([s for s in said if "features of" in s])
-    assert again["rows"] == [r for r in result["rows"] if "NN" in r["protocol"]]
-    kept = sorted((out / "features").iterdir())
-    whole = [path.read_bytes() for path in kept]
-    middle = len(whole[1]) // 2
-    kept[0].write_bytes(whole[0][:-100])  # kept features that are damaged are made anew
-    kept[1].write_bytes(whole[1][:middle] + bytes([whole[1][middle] ^ 1]) + whole[1][middle + 1 :])
-    torch.save(torch.zeros(63, 5), kept[2])
-    anew = ev.evaluate(data, weights, ["knn"], crop=24, out=out, log=said.append)
-    assert len([s for s in said if "features of" in s]) == 6 and anew["rows"] == again["rows"]
-    ev.evaluate(data, weights, ["knn"], crop=25, out=out, log=said.append, features="cls+mean")
-    told = [s for s in said if "features of" in s]  # another crop: all anew
-    assert len(told) == 9 and "256 features" in told[-2]
+    told = [s for s in said if "features of" in s]
+    assert len(told) == 3
+    ev.evaluate(data, weights, ["knn"], crop=25, log=said.append, features="cls+mean")
+    assert "256 features" in [s for s in said if "features of" in s][-2]
 
 
 def test_every_protocol_by_groups(tmp_path):
