@@ -95,7 +95,7 @@ def f1_of(cells: ev.Cells, test: np.ndarray, guess: np.ndarray) -> float:
 def score(weights: str, cells: ev.Cells, train: np.ndarray, test: np.ndarray) -> dict:
     """Weighted F1 of 20-NN and of the linear probe, and their guesses, a letter a cell."""
     backbone = ev.load_backbone(weights, None, "cpu")
-    x = ev.embed(weights, backbone, cells, CROP, None, ev.quiet)
+    x = ev.embed(weights, backbone, cells, CROP, ev.quiet)
     y, n, found = torch.from_numpy(cells.label), len(cells.classes), {}
     probs = {"20-NN": ev.knn(x[train], y[train], x[test], 20, n)}
     probs["linear"] = ev.tuned_probe(x[train], y[train], x[test], cells.group[train], n)
