@@ -4,7 +4,6 @@ An image travels through read_image (or is a BadImage), Tiles (its 224 x 224 win
 and MultiCrop (2 global and L local views). Pixels are RGB uint8 all the way (`ct`: values until
 RandomWindow). `python figures.py SMEAR.jpg` draws every transform. Papers: RedDino (Zedda et al.,
 MICCAI 2025), DINOv2 (Oquab et al., 2023), multi-crop (SwAV, Caron et al., 2020)."""
-import functools
 import hashlib
 import itertools
 import logging
@@ -16,6 +15,7 @@ import signal
 import warnings
 from collections import ChainMap, Counter
 from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # before its import, or it asks the network
 os.environ["OPENCV_LOG_LEVEL"] = "SILENT"  # what is wrong with a file is said by BadImage alone
@@ -76,18 +76,15 @@ def find_images(folder, notes=None):
         for file, images in zip(candidates, pool.map(images_in, candidates)):
             paths += images
             if not images:
-                others[extension(file)] += 1
+                others[Path(file).suffix.lower()] += 1
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items()) if kind)
     if kinds:
         notes.append(f"left out, as no images: {kinds} in {folder!r}")
     return paths
 
-def extension(file):
-    return os.path.splitext(str(file))[1].lower()
-
 def images_in(file):
     """Paths of the images in a file: none, itself, or the frames of a DICOM file."""
-    kind = extension(file)
+    kind = Path(file).suffix.lower()
     if kind not in ("", ".dcm") and not kind[1:].isdecimal():  # IM0001, 1.2.840.113619.2
         return [file] if kind in EXTENSIONS else []
     try:
@@ -137,7 +134,7 @@ def read_image(path, header_only=False, writable=True, window=None, raw=False):
         if os.path.exists(file) and not os.path.isfile(file):
             raise ValueError("not a regular file")
         with open(file, "rb") as stream:
-            if extension(file) == ".npy":
+            if Path(file).suffix.lower() == ".npy":
                 reader = array_reader(file)
             elif header := dicom_header(file):
                 reader = dicom_reader(file, frame, header)
@@ -190,9 +187,9 @@ def dicom_reader(file, frame, header):
         raise ValueError(reason) from None
     if coding == "PALETTE COLOR":
         yield apply_color_lut(pixels, header), False
-    groups = [*header.get("SharedFunctionalGroupsSequence", []),  # enhanced CT, MR
-              *header.get("PerFrameFunctionalGroupsSequence", [])[frame:frame + 1]]
-    for group in groups:
+    of_all = header.get("SharedFunctionalGroupsSequence", [])  # in enhanced CT, MR
+    of_each = header.get("PerFrameFunctionalGroupsSequence", [])
+    for group in (*of_all, *of_each[frame:frame + 1]):
         units = group.get("PixelValueTransformationSequence", [units])[0]
     yield apply_modality_lut(pixels, units), coding == "MONOCHROME1"
 
@@ -531,19 +528,15 @@ DINOV2 = [[
 # Other organs: short lists, all of it in this order, each entry with the artefact that it mimics.
 # Nothing is mirrored where organs have a side: a mirrored chest is situs inversus, rare, and has to
 # stay so. Ranges are our choice, by the looks (figures.py SLICE --augment ct). Before its window
-# `ct` computes in HU: with ours, Rotate and Blur, as the library's other filters clip to 0..1.
+# `ct` computes in HU: with Rotate and Blur alone, as the library's other filters clip to 0..1.
 
-class LowDose(A.ImageOnlyTransform):  # a quarter of the X-rays, twice the noise: 6 HU at full dose
-    def apply(self, img, **params):
-        sigma = 6 / math.sqrt(self.py_random.uniform(1 / 16, 1))
-        noise = self.random_generator.normal(0, sigma, img.shape[:2]).astype(np.float32)
-        noisy = (img.T + noise.T).T  # the same in all channels
-        return noisy if img.dtype != np.uint8 else to_8_bits(noisy)
+class RandomWindow(A.ImageOnlyTransform):
+    """Values (or 8 bits: windowed already) -> 8 bits, through one of the windows (level, width), as
+    of a lower dose: a quarter of the X-rays means twice the noise, which is `noise` (HU) at full."""
 
-class RandomWindow(A.ImageOnlyTransform):  # values or 8 bits, windowed already -> 8 bits
-    def __init__(self, windows):
+    def __init__(self, windows, noise=6):
         super().__init__(p=1)
-        self.windows = windows
+        self.windows, self.noise = windows, noise
 
     def apply(self, img, **params):
         level, width = 127.5, 255
@@ -551,7 +544,9 @@ class RandomWindow(A.ImageOnlyTransform):  # values or 8 bits, windowed already 
             level, width = self.py_random.choice(self.windows)
         level += width * self.py_random.uniform(-0.1, 0.1)
         width *= self.py_random.uniform(0.8, 1.25)
-        return apply_window(img.astype(np.float32), level, width)
+        sigma = self.noise * math.sqrt(1 / self.py_random.uniform(1 / 16, 1) - 1)
+        noise = self.random_generator.standard_normal(img.shape[:2], np.float32)
+        return apply_window((img.T + sigma * noise.T).T, level, width)  # .T: channels have the same
 
 class Stain(A.ImageOnlyTransform):
     """More or less of each dye (Tellez et al. 2018); -log is density (Beer-Lambert)."""
@@ -559,20 +554,16 @@ class Stain(A.ImageOnlyTransform):
     HED = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
 
     def apply(self, img, **params):
-        spread = self.py_random.uniform(0, 0.3)
-        dyes = self.random_generator.uniform(1 - spread, 1 + spread, (3, 1)) * self.HED
-        more = spread / 10 * self.random_generator.uniform(-1, 1, 3) @ self.HED
+        spread, rng = self.py_random.uniform(0, 0.3), self.random_generator
+        dyes = rng.uniform(1 - spread, 1 + spread, (3, 1)) * self.HED
+        more = spread / 10 * rng.uniform(-1, 1, 3) @ self.HED
         density = -np.log((img + np.float32(1)) / 256) @ np.linalg.inv(self.HED) @ dyes + more
-        return to_8_bits(256 * np.exp(-density) - 1)
-
-def to_8_bits(x):
-    return np.rint(x).clip(0, 255).astype(np.uint8)
+        return np.rint(256 * np.exp(-density) - 1).clip(0, 255).astype(np.uint8)
 
 TURN = A.Rotate((-8, 8), border_mode=cv2.BORDER_REPLICATE, p=0.5)  # gravity says what is up
 SOFT = A.GaussianBlur(blur_limit=0, sigma_limit=(0.3, 1.5), p=0.3)
 RECIPES = {"reddino": [[]], "none": [FLIPS], "dinov2": DINOV2, "ct": [[
     TURN,
-    LowDose(p=0.5),
     A.Blur(blur_limit=(3, 5), p=0.2),  # thick slices average what lies above each other
     RandomWindow([(-600, 1500), (40, 400), (400, 1800), (200, 700)]),  # lung, soft, bone, vessels
     SOFT,  # each maker has its own kernel: for soft tissue,
@@ -694,86 +685,74 @@ def block_mask(rng: np.random.Generator, height: int, width: int, ratio: float) 
                 left, misses = left - new, 0
     return mask
 
-class Draws:
-    """What each step's batch is made of: this process's share of `batch` samples, each as (epoch,
-    tile, mask ratios). balance: the folders take turns. mix: see Tiles.shuffled."""
+class Batches:
+    """batches[step]: what this process trains on in a step, a function of cfg.seed and the step.
 
-    def __init__(self, tiles, steps, batch, seed, balance=False, rank=0, world=1, mix=0):
-        self.tiles, self.steps, self.batch, self.seed, self.mix = tiles, steps, batch, seed, mix
-        self.slots = range(rank, batch, world)  # so that each gets its share of each mask ratio
-        sources = tiles.sources if balance else [("", 0, len(tiles))]
+    Global views uint8 [B, G, 3, S, S], local ones [B, L, 3, s, s], masks bool [B, G, N], numbers of
+    the tiles, and {path: reason} of what could not be read. UserError where no tile of 20 could."""
+
+    def __init__(self, cfg, tiles, patch_size, rank=0, world=1):
+        self.cfg, self.tiles, self.grid = cfg, tiles, cfg.global_size // patch_size
+        self.crop = MultiCrop(cfg.augment, cfg.global_size, cfg.local_size, cfg.local_crops,
+                              cfg.global_scale, cfg.window)
+        self.slots = range(rank, cfg.batch_size, world)  # gives each its share of each mask ratio
+        sources = tiles.sources if cfg.balance else [("", 0, len(tiles))]  # they take turns
         self.pools = [(first, last) for _, first, last in sources if last > first]
+        self.lengths = [len(self.order(pool, 0)) for pool in range(len(self.pools))]
+        self.orders = {}  # pool: (epoch, its order)
 
     def order(self, pool, epoch):
-        rng = np.random.default_rng((self.seed, epoch, pool, 1))  # 1: a stream of its own
-        return self.tiles.shuffled(*self.pools[pool], rng, self.mix, self.batch)
+        """Numbers of the tiles of a pool as they come in an epoch."""
+        rng = np.random.default_rng((self.cfg.seed, epoch, pool, 1))  # 1: a stream of its own
+        return self.tiles.shuffled(*self.pools[pool], rng, self.cfg.mix, self.cfg.batch_size)
 
-    def __iter__(self):
-        order = functools.lru_cache(2 * len(self.pools))(self.order)  # of epoch 0 and today's
-        for step in self.steps:
-            ratios = mask_ratios(self.seed, step, GLOBAL_VIEWS * self.batch)
-            ratios, batch = ratios.reshape(self.batch, GLOBAL_VIEWS), []
-            for slot in self.slots:
-                sample = step * self.batch + slot
-                turn, pool = divmod(sample, len(self.pools))
-                epoch, place = divmod(turn, len(order(pool, 0)))
-                tile = int(order(pool, epoch)[place])
-                if self.mix == 1:  # a tile may come twice in an epoch: then it gets other views
-                    epoch = sample
-                batch.append((epoch, tile, tuple(ratios[slot])))
-            yield batch
+    def draw(self, sample):
+        """Epoch and tile of a sample of the run. With mix 1 a tile may come twice in an epoch: the
+        sample's number in the place of the epoch's gives it other views."""
+        turn, pool = divmod(sample, len(self.pools))
+        epoch, place = divmod(turn, self.lengths[pool])
+        if pool not in self.orders or self.orders[pool][0] != epoch:
+            self.orders[pool] = epoch, self.order(pool, epoch)
+        return sample if self.cfg.mix == 1 else epoch, int(self.orders[pool][1][place])
 
-class Views:
-    """views[epoch, tile, mask ratios]: crops as MultiCrop's, bool masks [G, grid * grid], number of
-    the tile, and {path: reason} of what could not be read. UserError where no tile of 20 could."""
-
-    def __init__(self, tiles, crop, grid, seed):
-        self.tiles, self.crop, self.grid, self.seed = tiles, crop, grid, seed
-
-    def __getitem__(self, drawn):
-        epoch, index, ratios = drawn
-        rng, faults = sample_rng(self.seed, index, epoch), {}
+    def views(self, epoch, index, ratios):
+        """One sample of what __getitem__ gives."""
+        rng, faults = sample_rng(self.cfg.seed, index, epoch), {}
         for _ in range(20):
             try:
                 tile = self.tiles[index]
-                break
             except BadImage as bad:  # another takes its place, the same in each repetition
                 faults[bad.path], last = bad.reason, bad
                 index = int(rng.integers(len(self.tiles)))
-        else:
-            raise UserError(f"20 images in a row can't be read, is the folder still there? {last}")
-        views = self.crop(tile, rng)
-        masks = [block_mask(rng, self.grid, self.grid, ratio).ravel() for ratio in ratios]
-        return *views, np.stack(masks), index, faults
+                continue
+            views = self.crop(tile, rng)
+            masks = [block_mask(rng, self.grid, self.grid, ratio).ravel() for ratio in ratios]
+            return *views, np.stack(masks), index, faults
+        raise UserError(f"20 images in a row can't be read, is the folder still there? {last}")
 
-def collate(samples):
-    """Samples to a batch: [B, G, 3, S, S], [B, L, 3, s, s], masks [B, G, N], tiles, faults."""
-    *views, indices, faults = zip(*samples)
-    return *map(np.stack, views), list(indices), dict(ChainMap(*faults))
+    def __getitem__(self, step):
+        size = self.cfg.batch_size
+        ratios = mask_ratios(self.cfg.seed, step, size * GLOBAL_VIEWS).reshape(size, GLOBAL_VIEWS)
+        samples = [self.views(*self.draw(step * size + slot), ratios[slot]) for slot in self.slots]
+        *arrays, indices, faults = zip(*samples)
+        return *map(np.stack, arrays), list(indices), dict(ChainMap(*faults))
 
 def batches(cfg, tiles, start, patch_size, rank, world, workers, pin):
-    """This process's batches (see collate) as tensors, from step `start` on, as reddino.Config
-    says; None once a second while there is none yet. A generator, whose end is that of its
-    `workers`. patch_size: of a token, on whose grid the masks lie; pin: for a GPU."""
-    crop = MultiCrop(cfg.augment, cfg.global_size, cfg.local_size, cfg.local_crops,
-                     cfg.global_scale, cfg.window)
-    views = Views(tiles, crop, cfg.global_size // patch_size, cfg.seed)
-    draws = Draws(tiles, range(start, cfg.iters), cfg.batch_size, cfg.seed, cfg.balance, rank,
-                  world, cfg.mix)
-    for batch in from_workers(views, draws, workers) if workers else make_batches(views, draws):
+    """This process's batches as tensors, from step `start` on; None once a second while there is
+    none yet. A generator, whose end is that of its `workers`. patch_size: of a token, on whose grid
+    the masks lie; pin: for a GPU."""
+    of_step, steps = Batches(cfg, tiles, patch_size, rank, world), range(start, cfg.iters)
+    made = from_workers(of_step, steps, workers) if workers else map(of_step.__getitem__, steps)
+    for batch in made:
         if batch is not None:
             *arrays, indices, faults = batch
             tensors = [torch.from_numpy(array) for array in arrays]
             batch = *[t.pin_memory() if pin else t for t in tensors], indices, faults
         yield batch
 
-def make_batches(views, draws, first=0, every=1):
-    for drawn in itertools.islice(draws, first, None, every):
-        yield collate([views[sample] for sample in drawn])
-
-def work(end, pipes, *of_batches):
-    """A loading process: sends batches, or the error that ended it, through its end of a pipe. It
-    leaves signals to its parent, which finishes its step, and computes on one core."""
+def work(of_step, steps, end, pipes):
+    """A loading process: sends the batches of `steps`, or the error that ended it. It leaves
+    signals to its parent, which finishes its step, and computes on one core."""
     for pipe in pipes:  # with no reader but the parent, sending fails when that is gone
         pipe.close()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -781,8 +760,8 @@ def work(end, pipes, *of_batches):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     torch.set_num_threads(1)
     try:
-        for batch in make_batches(*of_batches):
-            end.send(batch)
+        for step in steps:
+            end.send(of_step[step])
     except BrokenPipeError:
         return
     except Exception as error:
@@ -790,23 +769,22 @@ def work(end, pipes, *of_batches):
 
 LOADER_TIMEOUT = 300  # seconds without a batch; one takes a second or so
 
-def from_workers(views, draws, workers):
-    """make_batches by processes in turn; None once a second while there is no batch yet; UserError
-    when one is gone or stands still. A pipe ends with its process. (DataLoader waits for ever for
+def from_workers(of_step, steps, workers):
+    """The batches, by processes in turn; None once a second while there is none yet; UserError when
+    a process is gone or stands still. A pipe ends with its process. (DataLoader waits for ever for
     the rest of a dead one's batch, and lays tensors into /dev/shm, of which Docker has 64 MB.)"""
     pipes, processes = [], []
-    for number in range(workers):
+    for first in range(workers):
         pipe, end = multiprocessing.Pipe(duplex=False)
         pipes.append(pipe)
-        process = multiprocessing.Process(
-            target=work, args=(end, pipes, views, draws, number, workers), daemon=True)
-        process.start()
+        args = of_step, steps[first::workers], end, pipes
+        processes.append(multiprocessing.Process(target=work, args=args, daemon=True))
+        processes[-1].start()
         end.close()  # now the process alone holds it
-        processes.append(process)
     thread, turns = ThreadPoolExecutor(1), itertools.cycle(pipes)  # recv can't be interrupted
     coming = thread.submit(next(turns).recv)
     try:
-        for _ in draws.steps:
+        for _ in steps:
             waited = 0
             while not wait([coming], timeout=1).done:
                 yield None
