@@ -532,7 +532,7 @@ DINOV2 = [[
 
 class RandomWindow(A.ImageOnlyTransform):
     """Values (or 8 bits: windowed already) -> 8 bits, through one of the windows (level, width), as
-    of a lower dose: a quarter of the X-rays means twice the noise, which is `noise` (HU) at full."""
+    of a lower dose: a quarter of the X-rays means twice the noise, which at full is `noise`, HU."""
 
     def __init__(self, windows, noise=6):
         super().__init__(p=1)
@@ -706,17 +706,24 @@ class Batches:
         rng = np.random.default_rng((self.cfg.seed, epoch, pool, 1))  # 1: a stream of its own
         return self.tiles.shuffled(*self.pools[pool], rng, self.cfg.mix, self.cfg.batch_size)
 
-    def draw(self, sample):
-        """Epoch and tile of a sample of the run. With mix 1 a tile may come twice in an epoch: the
-        sample's number in the place of the epoch's gives it other views."""
+    def epoch_and_tile(self, sample):
+        """Of a sample of the run. With mix 1 a tile may come twice in an epoch: the sample's number
+        in the place of the epoch's gives it other views."""
         turn, pool = divmod(sample, len(self.pools))
         epoch, place = divmod(turn, self.lengths[pool])
         if pool not in self.orders or self.orders[pool][0] != epoch:
             self.orders[pool] = epoch, self.order(pool, epoch)
         return sample if self.cfg.mix == 1 else epoch, int(self.orders[pool][1][place])
 
+    def draws(self, step):
+        """This process's samples of a step, each as epoch, tile, mask ratios."""
+        size = self.cfg.batch_size
+        ratios = mask_ratios(self.cfg.seed, step, size * GLOBAL_VIEWS).reshape(size, GLOBAL_VIEWS)
+        return [(*self.epoch_and_tile(step * size + slot), tuple(ratios[slot]))
+                for slot in self.slots]
+
     def views(self, epoch, index, ratios):
-        """One sample of what __getitem__ gives."""
+        """Of one sample, what __getitem__ gives of all."""
         rng, faults = sample_rng(self.cfg.seed, index, epoch), {}
         for _ in range(20):
             try:
@@ -731,9 +738,7 @@ class Batches:
         raise UserError(f"20 images in a row can't be read, is the folder still there? {last}")
 
     def __getitem__(self, step):
-        size = self.cfg.batch_size
-        ratios = mask_ratios(self.cfg.seed, step, size * GLOBAL_VIEWS).reshape(size, GLOBAL_VIEWS)
-        samples = [self.views(*self.draw(step * size + slot), ratios[slot]) for slot in self.slots]
+        samples = [self.views(*drawn) for drawn in self.draws(step)]
         *arrays, indices, faults = zip(*samples)
         return *map(np.stack, arrays), list(indices), dict(ChainMap(*faults))
 
