@@ -567,7 +567,7 @@ RECIPES = {"reddino": [[]], "none": [FLIPS], "dinov2": DINOV2, "ct": [[
     A.Blur(blur_limit=(3, 5), p=0.2),  # thick slices average what lies above each other
     RandomWindow([(-600, 1500), (40, 400), (400, 1800), (200, 700)]),  # lung, soft, bone, vessels
     SOFT,  # each maker has its own kernel: for soft tissue,
-    A.Sharpen(alpha=(0.1, 0.5), method="gaussian", p=0.3),  # or for bone
+    A.Sharpen(alpha=(0.1, 0.3), method="gaussian", p=0.3),  # or for bone
     A.MotionBlur(blur_limit=(3, 9), p=0.2),  # breath
     A.RandomToneCurve(scale=0.15, per_channel=False, p=0.5),  # when contrast agent came
 ]], "mri": [[
