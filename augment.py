@@ -377,23 +377,17 @@ class Tiles:
     def __getitem__(self, i):
         if not 0 <= i < len(self):
             raise IndexError(f"tile {i} of {len(self)}")
-        image = self.decoded(self.image[i])
-        side, top, left = self.squares[i]
-        return (image[top:top + side, left:left + side] if side else image).copy()
-
-    def decoded(self, number):
-        """The pixels of an image, read or kept."""
+        number, (side, top, left) = self.image[i], self.squares[i]
         image = self.kept.pop(number, None)
         if image is None:
-            path = self.files[number]
-            image = read_image(path, writable=False, **self.reading)
+            image = read_image(self.files[number], writable=False, **self.reading)
             if image.shape[:2] != tuple(self.sizes[number]):
-                raise BadImage(path, "its size has changed since the run began")
+                raise BadImage(self.files[number], "its size has changed since the run began")
             self.bytes += image.nbytes
             while self.bytes > KEEP and self.kept:
                 self.bytes -= self.kept.pop(next(iter(self.kept))).nbytes
         self.kept[number] = image  # now the youngest
-        return image
+        return (image[top:top + side, left:left + side] if side else image).copy()
 
     def shuffled(self, first, last, rng, mix=0, batch=1):
         """Tiles first..last-1 in random order, those of some images at a time: of as many as fill
@@ -801,8 +795,8 @@ def from_workers(of_step, steps, workers):
                 batch = coming.result()
             except (EOFError, OSError):
                 yield None  # the signal that ended it may be the parent's too
-                raise UserError("a loading process was killed: for want of memory? Fewer --workers,"
-                                " a larger machine, or docker run --ipc=host") from None
+                raise UserError("a loading process was killed: for want of memory? Fewer --workers "
+                                "need less") from None
             if isinstance(batch, Exception):
                 raise batch
             coming = thread.submit(next(turns).recv)  # while this one is trained on
