@@ -4,20 +4,18 @@ An image travels through read_image (or is a BadImage), Tiles (its 224 x 224 win
 and MultiCrop (2 global and L local views). Pixels are RGB uint8 all the way (`ct`: values until
 RandomWindow). `python figures.py SMEAR.jpg` draws every transform. Papers: RedDino (Zedda et al.,
 MICCAI 2025), DINOv2 (Oquab et al., 2023), multi-crop (SwAV, Caron et al., 2020)."""
-import functools
 import hashlib
+import itertools
 import logging
 import math
 import multiprocessing
 import os
-import queue
 import random
 import signal
-import threading
-import time
 import warnings
 from collections import ChainMap, Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # before its import, or it asks the network
 os.environ["OPENCV_LOG_LEVEL"] = "SILENT"  # what is wrong with a file is said by BadImage alone
@@ -59,39 +57,43 @@ len(i), 4096) for x in range(0, len(i[0]), 4096)]" """
 def find_images(folder, notes=None):
     """Paths of all images below `folder`, by extension (DICOM without one by its magic), sorted.
     Hidden ones (Trash, checkpoints of notebooks) are left out, links to folders followed, each
-    folder once. UserError if it can't be listed; what is left out is told to `notes`."""
-    files, seen, errors, notes = [], set(), [], [] if notes is None else notes
+    folder once. UserError if it can't be listed; what is left out is told to the list `notes`."""
+    candidates, seen, errors, notes = [], set(), [], [] if notes is None else notes
     for here, folders, names in os.walk(folder, onerror=errors.append, followlinks=True):
         if os.path.realpath(here) in seen:  # a link that leads back
             folders.clear()
             continue
         seen.add(os.path.realpath(here))
         folders[:] = [name for name in folders if name[0] != "."]
-        files += [os.path.join(here, name) for name in names if name[0] != "."]
+        candidates += [os.path.join(here, name) for name in names if name[0] != "."]
     for error in errors:
         if error.filename == folder:
             raise UserError(f"{folder!r} is not a folder that can be listed: {error.strerror}")
         notes.append(f"left out: {error.filename!r} can't be listed ({error.strerror})")
-    files.sort()
+    candidates.sort()
+    paths, others = [], Counter()
     with ThreadPoolExecutor(16) as pool:  # mostly waiting for the disk or the network
-        images = list(pool.map(images_in, files))
-    kinds = Counter(os.path.splitext(f)[1].lower() for f, own in zip(files, images) if not own)
-    if others := [f"{count} {kind}" for kind, count in sorted(kinds.items()) if kind]:
-        notes.append(f"left out, as no images: {', '.join(others)} in {folder!r}")
-    return [image for own in images for image in own]
+        for file, images in zip(candidates, pool.map(images_in, candidates)):
+            paths += images
+            if not images:
+                others[Path(file).suffix.lower()] += 1
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items()) if kind)
+    if kinds:
+        notes.append(f"left out, as no images: {kinds} in {folder!r}")
+    return paths
 
 def images_in(file):
     """Paths of the images in a file: none, itself, or the frames of a DICOM file."""
-    kind = os.path.splitext(file)[1].lower()
-    if kind and kind != ".dcm" and not kind[1:].isdecimal():  # IM0001, 1.2.840.113619.2
+    kind = Path(file).suffix.lower()
+    if kind not in ("", ".dcm") and not kind[1:].isdecimal():  # IM0001, 1.2.840.113619.2
         return [file] if kind in EXTENSIONS else []
     try:
-        header = dicom_header(file)
-        if header is None or os.path.basename(file) == "DICOMDIR":
-            return [file] if kind == ".dcm" else []
+        header = dicom_header(file) or {}
         frames = int(header.get("NumberOfFrames") or 1)
     except Exception:  # read_image will say what is wrong
         return [file]
+    if "Rows" not in header and kind != ".dcm":  # a DICOMDIR, or no DICOM file
+        return []
     return [f"{file}#{n}" for n in range(frames)] if 1 < frames < os.stat(file).st_size else [file]
 
 def file_and_frame(path):
@@ -132,20 +134,18 @@ def read_image(path, header_only=False, writable=True, window=None, raw=False):
         if os.path.exists(file) and not os.path.isfile(file):
             raise ValueError("not a regular file")
         with open(file, "rb") as stream:
-            if str(file).lower().endswith(".npy"):
-                opened = open_array(file)
+            if Path(file).suffix.lower() == ".npy":
+                reader = array_reader(file)
             elif header := dicom_header(file):
-                opened = open_dicom(file, frame, header)
+                reader = dicom_reader(file, frame, header)
             else:
-                opened = open_picture(stream)
-            size, unsigned = next(opened)
-            if size[0] * size[1] > MAX_PIXELS:
+                reader = picture_reader(stream)
+            height, width = next(reader)
+            if height * width > MAX_PIXELS:
                 raise Image.DecompressionBombError
-            if unsigned and raw and not window:
-                raise ValueError("no sign: is water 0, 1024? --window LEVEL WIDTH as in 1064 400")
             if header_only:
-                return size
-            pixels = to_rgb(*next(opened), window, raw)
+                return height, width
+            pixels = to_rgb(*next(reader), window, raw)
         return np.array(pixels, order="C") if writable else np.ascontiguousarray(pixels)
     except Image.DecompressionBombError:  # a header of 60,000 x 60,000 costs a few bytes
         reason = TOO_LARGE
@@ -155,10 +155,10 @@ def read_image(path, header_only=False, writable=True, window=None, raw=False):
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     raise BadImage(path, reason)
 
-# These yield a file's (height, width) and whether it holds values of more than 8 bits without a
-# sign; then, decoded, the array and whether its 0 is white.
+# Readers are generators of two steps: from the header (height, width); then, decoded, the array and
+# whether its 0 is white.
 
-def open_array(file):
+def array_reader(file):
     try:
         values = np.load(file, mmap_mode="r", allow_pickle=False)
         grey = values.ndim == 2 and values.dtype.kind in "iuf"
@@ -167,75 +167,78 @@ def open_array(file):
     except (ValueError, EOFError, AttributeError) as error:
         what = "np.save one slice a file, numbers [H, W] or uint8 [H, W, 3]"
         raise ValueError(f"{what}: {error}") from None
-    yield values.shape[:2], values.dtype.kind == "u" and values.itemsize > 1
+    yield values.shape[:2]
     yield values, False
 
-def open_dicom(file, frame, header):
+def dicom_reader(file, frame, header):
     """By pydicom: values in the units of the modality, for CT HU; or colours."""
+    from pydicom.pixels import apply_color_lut, apply_modality_lut, pixel_array
+
     if "Rows" not in header:
         raise ValueError(f"a DICOM file without pixels: {header.get('Modality')}")
     if frame is None and int(header.get("NumberOfFrames") or 1) > 1:
         raise ValueError(f"{header.NumberOfFrames} frames: name one, {file}#0 for the first")
-    units, own = header, header.get("PerFrameFunctionalGroupsSequence", [])[frame or 0:][:1]
-    for group in (*header.get("SharedFunctionalGroupsSequence", []), *own):  # enhanced CT, MR
-        units = group.get("PixelValueTransformationSequence", [units])[0]
-    unsigned = header.PixelRepresentation == 0 and header.BitsAllocated > 8
-    yield (header.Rows, header.Columns), unsigned and "RescaleSlope" not in units
-    from pydicom.pixels import apply_color_lut, apply_modality_lut, pixel_array
-
+    yield header.Rows, header.Columns
+    frame, units, coding = frame or 0, header, header.PhotometricInterpretation
     try:
-        pixels = pixel_array(file, index=frame or 0)
+        pixels = pixel_array(file, index=frame)
     except RuntimeError as error:  # pydicom names the plug-ins that could decode it
         reason = str(error).replace("all plugins are missing", "pip install one of the")
         raise ValueError(reason) from None
-    if header.PhotometricInterpretation == "PALETTE COLOR":
-        pixels, units = apply_color_lut(pixels, header), {}
-    yield apply_modality_lut(pixels, units), header.PhotometricInterpretation == "MONOCHROME1"
+    if coding == "PALETTE COLOR":
+        yield apply_color_lut(pixels, header), False
+    of_all = header.get("SharedFunctionalGroupsSequence", [])  # in enhanced CT, MR
+    of_each = header.get("PerFrameFunctionalGroupsSequence", [])
+    for group in (*of_all, *of_each[frame:frame + 1]):
+        units = group.get("PixelValueTransformationSequence", [units])[0]
+    yield apply_modality_lut(pixels, units), coding == "MONOCHROME1"
 
-def open_picture(stream):
-    """By PIL, or OpenCV where PIL would reduce colours to 8 bits."""
-    head, im = stream.peek(25), Image.open(stream)
+def picture_reader(stream):
+    """By PIL, or by OpenCV where PIL would reduce colours to 8 bits."""
+    im = Image.open(stream)
     tags = im.tag_v2 if im.format == "TIFF" else {}
-    bits = head[24] if im.format == "PNG" else np.max(tags.get(258, 8))
-    white_is_0, planes = bits > 8 and tags.get(262) == 0, tags.get(284) == 2
     # PIL turns a TIFF by itself; EXIF behind a PNG's pixels is not looked for: that decodes them
-    exif = not tags and (im.format != "PNG" or "exif" in im.info)
-    turned = exif and im.getexif().get(0x0112) in (5, 6, 7, 8)
-    yield (im.width, im.height) if turned else (im.height, im.width), im.mode.startswith("I;16")
+    has_exif = not tags and "exif" in im.info
+    turned = has_exif and im.getexif().get(0x0112) in (5, 6, 7, 8)
+    yield (im.width, im.height) if turned else (im.height, im.width)
     if im.info.get("progressive"):
         stream.seek(0)
         if stream.read().count(b"\xff\xda") > 200:  # 2,000 take minutes
             raise ValueError("a JPEG of too many scans: save it anew")
+    deep = np.max(tags.get(258, 8)) > 8 or ";16" in str(im.tile)
+    white_is_0 = deep and tags.get(262) == 0  # at 8 bits PIL inverts
     if tags and im.mode[0] in "LIF" and im.n_frames == 3:  # OME-TIFF, ImageJ: a page a colour
         pages = [np.array(page) for page in ImageSequence.Iterator(im)]
         if {page.shape for page in pages} == {pages[0].shape[:2]}:
             yield np.dstack(pages), white_is_0
         im.seek(0)
     im.load()  # an error where it is cut short
-    if bits > 8 and len(im.getbands()) > 1:
-        pixels = cv2.imdecode(np.fromfile(stream.name, np.uint8), cv2.IMREAD_UNCHANGED)
-        if planes or pixels is None or pixels.ndim != 3:
+    if deep and len(im.getbands()) > 1:
+        pixels = cv2.imread(stream.name, cv2.IMREAD_UNCHANGED)
+        if tags.get(284) == 2 or pixels is None or pixels.ndim != 3:
             raise ValueError("colours of more than 8 bits, plane by plane: import tifffile; "
                              "tifffile.imwrite(NEW, tifffile.imread(FILE).transpose(1, 2, 0))")
         yield pixels[..., [2, 1, 0, 3][:pixels.shape[2]]], white_is_0  # OpenCV's are BGR
-    kind = "RGBA" if "A" in im.mode.upper() or "transparency" in im.info else "RGB"
-    upright = ImageOps.exif_transpose(im) if exif else im
-    if im.mode[0] not in "IF" and im.mode != kind:  # CMYK too
-        upright = upright.convert(kind)
+    upright = ImageOps.exif_transpose(im) if has_exif else im
+    if im.mode[0] not in "IF":  # CMYK and palettes too
+        alpha = "A" in im.mode.upper() or "transparency" in im.info
+        upright = upright.convert("RGBA" if alpha else "RGB")
     yield np.asarray(upright), white_is_0
 
+@np.errstate(over="ignore")
 def to_rgb(pixels, white_is_0, window, raw):
     """What a file holds, [H, W] or with alpha [H, W, 3 or 4] -> RGB uint8 [H, W, 3]; raw: grey of
     more than 8 bits -> float32 [H, W]. NaN and inf count as the lowest."""
     colours, alpha = pixels, None
     if pixels.shape[2:] == (4,):
         colours, alpha = pixels[..., :3], pixels[..., 3]
-    if colours.dtype != np.uint8:
-        with np.errstate(over="ignore"):
-            values = np.array(colours, np.float32, order="C")
-        finite = np.isfinite(values)
-        values = np.where(finite, values, values.min(where=finite, initial=0))
+    if pixels.dtype != np.uint8:
+        values = np.array(colours, np.float32, order="C")
+        lowest = values.min(where=np.isfinite(values), initial=0)
+        values = np.nan_to_num(values, nan=lowest, posinf=lowest, neginf=lowest)
         if raw and values.ndim == 2:
+            if pixels.dtype.kind == "u" and not window:
+                raise ValueError("no sign: is water 0, 1024? --window LEVEL WIDTH as in 1064 400")
             return values
         colours = apply_window(values, *(window or full_scale(values, pixels.dtype.kind)))
     if white_is_0:
@@ -313,9 +316,9 @@ class Tiles:
     unit "tiles": windows of tile_size (0: the whole image); of several sizes each cuts all of the
     image: as all views end at one size, these are magnifications. unit "cells": squares around the
     cells of find_cells, for which every image is decoded here; else only headers are read. window,
-    raw: see read_image. sources: (folder, first tile, one past the last). skipped: {path: reason}.
-    notes: what was left out. UserError for a folder missing, given twice or without images, and if
-    most files are unreadable."""
+    raw: see read_image. files: the readable images. sources: (folder, first tile, one past the
+    last). skipped: {path: reason}. notes: what was left out. UserError for a folder missing, given
+    twice or without images, and if most files are unreadable."""
 
     def __init__(self, folders, tile_size=224, window=None, raw=False, unit="tiles"):
         self.tile_sizes, self.unit = np.atleast_1d(tile_size).tolist(), unit
@@ -325,30 +328,31 @@ class Tiles:
             raise UserError("--unit cells: needs stained smears and a --tile-size above 0")
         if len({os.path.realpath(folder) for folder in folders}) < len(folders):
             raise UserError(f"--data names a folder twice: {' '.join(map(repr, folders))}")
-        sizes, squares, image = [], [], []
+        sizes, squares = [], []
         for folder in folders:
-            begin, found = len(squares), find_images(folder, self.notes)
-            if not found:
+            first, paths = len(squares), find_images(folder, self.notes)
+            if not paths:
                 raise UserError(f"no images in {folder!r} or below it; looked for "
                                 f"{' '.join(EXTENSIONS)}")
             with ThreadPoolExecutor(16) as pool:
-                looks = [pool.submit(self.look, path) for path in found]
-            for path, look in zip(found, looks):
-                if look.exception():
-                    self.skipped[path] = look.exception().reason
+                looks = [pool.submit(self.look, path) for path in paths]
+            for path, look in zip(paths, looks):
+                try:
+                    size, squares_of_one = look.result()
+                except BadImage as bad:
+                    self.skipped[path] = bad.reason
                     continue
-                size, of_one = look.result()
-                squares += of_one
-                image += [len(sizes)] * len(of_one)
+                squares += [(len(sizes), *square) for square in squares_of_one]
                 sizes.append(size)
                 self.files.append(path)
-            self.sources.append((folder, begin, len(squares)))
+            self.sources.append((folder, first, len(squares)))
         if len(self.skipped) > len(self.files):
-            first = BadImage(*next(iter(self.skipped.items())))
+            bad = BadImage(*next(iter(self.skipped.items())))
             raise UserError(f"{len(self.skipped)} of {len(self.skipped) + len(self.files)} images "
-                            f"can't be read; the first is {first}")
-        # of an image its height and width; of a tile its image, and side, top and left in it
-        self.sizes, self.image, self.squares = map(np.array, (sizes, image, squares))
+                            f"can't be read; the first is {bad}")
+        self.sizes = np.array(sizes)  # of each image, [images, (height, width)]
+        squares = np.array(squares, int).reshape(-1, 4)
+        self.image, self.squares = squares[:, 0], squares[:, 1:]  # number; side, top, left in it
         self.kept, self.bytes = {}, 0  # decoded, the oldest first
 
     def look(self, path):
@@ -367,12 +371,13 @@ class Tiles:
         return len(self.squares)
 
     def file_of(self, i):
+        """Path of the image that tile i is cut from."""
         return self.files[self.image[i]]
 
     def __getitem__(self, i):
         if not 0 <= i < len(self):
             raise IndexError(f"tile {i} of {len(self)}")
-        number = self.image[i]
+        number, (side, top, left) = self.image[i], self.squares[i]
         image = self.kept.pop(number, None)
         if image is None:
             image = read_image(self.files[number], writable=False, **self.reading)
@@ -381,102 +386,73 @@ class Tiles:
             self.bytes += image.nbytes
             while self.bytes > KEEP and self.kept:
                 self.bytes -= self.kept.pop(next(iter(self.kept))).nbytes
-        self.kept[number] = image
-        side, top, left = self.squares[i]
-        return image[top:top + (side or MAX_PIXELS), left:left + (side or MAX_PIXELS)].copy()
+        self.kept[number] = image  # now the youngest
+        return (image[top:top + side, left:left + side] if side else image).copy()
 
     def shuffled(self, first, last, rng, mix=0, batch=1):
         """Tiles first..last-1 in random order, those of some images at a time: of as many as fill
         half of KEEP, so that each is decoded once an epoch and not once a tile (at 2560 x 1920 82%
         of loading, now 4%). mix: of at most so many; of 1 come `batch` tiles in a row, repeated
         where it has fewer."""
-        present, image = np.unique(self.image[first:last], return_inverse=True)
+        numbers, image = np.unique(self.image[first:last], return_inverse=True)
         if mix == 1:
-            own = [np.flatnonzero(image == number) for number in rng.permutation(len(present))]
-            whole = [max(len(tiles) // batch, 1) * batch for tiles in own]
-            return first + np.concatenate(
-                [np.resize(rng.permutation(tiles), n) for tiles, n in zip(own, whole)])
-        size = np.sort(self.sizes[present].prod(1)) * (4 if self.reading["raw"] else 3)
-        fitting = len(present) if size.sum() <= KEEP else (size.cumsum() <= KEEP / 2).sum()
-        at_once = min(mix or len(present), max(fitting, 1))
-        if at_once == len(present):
+            order = []
+            for k in rng.permutation(len(numbers)):
+                own = rng.permutation(np.flatnonzero(image == k))
+                order.append(np.resize(own, max(len(own) // batch, 1) * batch))
+            return first + np.concatenate(order)
+        size = np.sort(self.sizes[numbers].prod(1)) * (4 if self.reading["raw"] else 3)  # bytes
+        fitting = len(numbers) if size.sum() <= KEEP else (size.cumsum() <= KEEP / 2).sum()
+        at_once = min(mix or len(numbers), max(fitting, 1))
+        if at_once == len(numbers):
             return first + rng.permutation(last - first)
-        place = rng.permutation(len(present))[image] + rng.random(last - first) * at_once
-        return first + np.argsort(place % len(present))  # %: the last images' begin the epoch
+        place = rng.permutation(len(numbers))[image] + rng.random(last - first) * at_once
+        return first + np.argsort(place % len(numbers))  # %: the last images' begin the epoch
 
 # --------------------------------------------------------------------------------------------------
 # RedDino: 32 pixel transforms where DINOv2 has four. Its release switches on 33 of Albumentations'
 # by name, at the defaults of 1.4; the paper counts 32. We leave out RandomFog: in 2.0.8 41 of 88
 # ms. Parameters are written out: 2.0.8's defaults differ (GaussNoise: a std of 51-112 grey levels,
-# once 3-7). Six do something else there, or take long (2.0.8 -> ours); their 1.4 forms follow.
+# once 3-7). Four are visibly something else there, or slow; these are their forms of 1.4.
 
-class FancyPCA(A.FancyPCA):  # 7.7 -> 0.5 ms; 1.4 (and AlexNet) shift colours, 2.0.8 stretches them
-    def apply(self, img, alpha_vector, **params):
-        some = img.reshape(-1, 3)[::7] / 255  # every 7th pixel will do
-        variances, axes = np.linalg.eigh(np.cov(some, rowvar=False))
-        return cv2.add(img, (*np.rint(255 * axes @ (alpha_vector * variances)), 0))
+class GlassBlur(A.ImageOnlyTransform):  # as 2.0.8, in 0.6 ms instead of 4: all pixels walk at once
+    def apply(self, img, **params):
+        walk = self.random_generator.integers(-4, 4, (2, 2, *img.shape[:2])).sum(0)  # of two steps
+        y, x = np.float32(np.indices(img.shape[:2]) + walk)
+        img = cv2.GaussianBlur(img, (0, 0), 0.7)
+        img = cv2.remap(img, x, y, cv2.INTER_NEAREST, borderMode=cv2.BORDER_REFLECT_101)
+        return cv2.GaussianBlur(img, (0, 0), 0.7)
 
-class GlassBlur(A.GlassBlur):  # 13.8 -> 0.8 ms; a pixel comes from a random walk of `iterations`
-    def get_params_dependent_on_data(self, params, data):
-        shape = (self.iterations, 2, *params["shape"][:2])
-        steps = self.random_generator.integers(-self.max_delta, self.max_delta, shape, np.int8)
-        y, x = np.indices(shape[2:], np.int16) + steps.sum(0, np.int16)
-        return {"source": cv2.merge([x, y])}
+class ISONoise(A.ISONoise):  # 2.0.8 lost factors of 255 and 360: single white pixels, one hue
+    def apply(self, img, color_shift, intensity, **params):
+        hls = cv2.cvtColor(img / np.float32(255), cv2.COLOR_RGB2HLS)
+        grain, shift = self.random_generator.standard_normal((2, *img.shape[:2]), np.float32)
+        photons = 255 * intensity * float(hls[..., 1].std())  # 1.4: Poisson's mean; near normal
+        grain = np.maximum(photons + math.sqrt(photons) * grain, 0)
+        hls[..., 0] += 360 * color_shift * intensity * shift  # degrees; cv2 wraps them
+        hls[..., 1] += grain / 255 * (1 - hls[..., 1])
+        return cv2.convertScaleAbs(cv2.cvtColor(hls, cv2.COLOR_HLS2RGB), alpha=255)
 
-    def apply(self, img, source, **params):
-        img = cv2.GaussianBlur(img, (0, 0), self.sigma)
-        img = cv2.remap(img, source, None, cv2.INTER_NEAREST, borderMode=cv2.BORDER_REFLECT_101)
-        return cv2.GaussianBlur(img, (0, 0), self.sigma)
+class RandomRain(A.ImageOnlyTransform):  # 1.4 blurs all of the image, 2.0.8 the drops alone
+    def apply(self, img, **params):
+        h, w = img.shape[:2]
+        tops = self.random_generator.integers((0, -20), (w, h), (h * w // 600, 2))
+        slant = np.array([self.random_generator.integers(-10, 10), 20])
+        drops = np.stack((tops, tops + slant), 1).astype(np.int32)  # [drops, 2 ends, (x, y)]
+        img = cv2.polylines(img.copy(), drops, False, (200, 200, 200))
+        return cv2.convertScaleAbs(cv2.blur(img, (7, 7)), alpha=0.7)
 
-class ISONoise(A.ISONoise):  # 3.2 -> 1.5 ms; 2.0.8 lost factors of 255 and 360, and with them hue
-    def apply(self, img, color_shift, intensity, random_seed, **params):
-        hls = cv2.split(cv2.cvtColor(img / np.float32(255), cv2.COLOR_RGB2HLS))
-        hue, lightness, _ = hls
-        rng = np.random.default_rng(random_seed)
-        colour, grain = rng.standard_normal((2, *img.shape[:2]), np.float32)
-        hue += colour * (360 * color_shift * intensity)  # degrees; cv2 wraps them
-        photons = 255 * intensity * float(lightness.std())  # 1.4: Poisson's mean; near normal
-        lightness += np.maximum(grain * math.sqrt(photons) + photons, 0) * (1 - lightness) / 255
-        return cv2.convertScaleAbs(cv2.cvtColor(cv2.merge(hls), cv2.COLOR_HLS2RGB), alpha=255)
-
-class RandomRain(A.RandomRain):  # 1.4 blurs and darkens all of the image, 2.0.8 blurs drops alone
-    def get_params_dependent_on_data(self, params, data):
-        h, w = params["shape"][:2]
-        tops = self.random_generator.integers((0, -self.drop_length), (w, h), (h * w // 600, 2))
-        ends = tops + np.array([int(self.py_random.uniform(*self.slant_range)), self.drop_length])
-        return {"drops": np.stack((tops, ends), 1).astype(np.int32)}  # [drops, 2 ends, (x, y)]
-
-    def apply(self, img, drops, **params):
-        img = cv2.polylines(img.copy(), drops, False, self.drop_color, self.drop_width)
-        img = cv2.blur(img, (self.blur_value,) * 2)
-        return cv2.convertScaleAbs(img, alpha=self.brightness_coefficient)
-
-class RandomShadow(A.RandomShadow):  # 1.4 halves HLS lightness, 2.0.8 RGB, and so saturation
-    def apply(self, img, vertices_list, **params):
-        mask, hls = np.zeros(img.shape[:2], np.uint8), cv2.cvtColor(img, cv2.COLOR_RGB2HLS)
-        for corners in vertices_list:
-            cv2.fillPoly(mask, [corners.astype(np.int32)], 1)
-        hls[..., 1] >>= mask
-        return cv2.cvtColor(hls, cv2.COLOR_HLS2RGB)
-
-class RandomSunFlare(A.RandomSunFlare):  # 7.3 -> 0.9 ms; 2.0.8 dims it, in 1.4 its middle is white
-    def apply(self, img, flare_center, circles, **params):
-        ghosts = img.copy()
-        for alpha, centre, radius, colour in circles:
-            cv2.circle(ghosts, centre, radius, colour, -1)
-            img = cv2.addWeighted(ghosts, alpha, img, 1 - alpha, 0)
-        # 40 white discs over each other, the smallest opaque: at distance d all of radius d or more
-        discs = self.src_radius // 10
-        radii = np.linspace(1, self.src_radius, discs).astype(int)
-        opaque = np.linspace(1, 0, discs) ** 3
-        passed = np.append(np.cumprod(1 - opaque[::-1])[::-1], 1)  # seen through discs i and larger
-        y, x = np.ogrid[:img.shape[0], :img.shape[1]]
-        d = np.hypot(x - flare_center[0], y - flare_center[1]).round().astype(int)
-        passed = passed[np.searchsorted(radii, d)].astype(np.float32)
+class RandomSunFlare(A.ImageOnlyTransform):  # 1.4's middle is white, 2.0.8 dims it
+    def apply(self, img, **params):
+        h, w = img.shape[:2]
+        middle_y, middle_x = self.random_generator.uniform(0, (h / 2, w))
+        y, x = np.ogrid[:h, :w]
+        near = (1 - np.hypot(y - middle_y, x - middle_x) / 400).clip(0)
+        # what 40 white discs let through, radius 10 to 400, each opaque by (1 - radius / 400)^3
+        passed = np.exp(-10 * near**4 - 3 * near**7)
         return (255 - (255 - img) * passed[..., None]).astype(np.uint8)
 
 NEAREST = {"downscale": cv2.INTER_NEAREST, "upscale": cv2.INTER_NEAREST}
-SMOOTH = {"downscale": cv2.INTER_AREA, "upscale": cv2.INTER_LINEAR}
 GROUPS = {
     # stain batch, pH and age, lamp and exposure: every laboratory differs, every smear shows them
     "illumination and stain": [
@@ -486,7 +462,7 @@ GROUPS = {
         A.RandomBrightnessContrast(brightness_limit=0.2, contrast_limit=0.2),
         A.RandomGamma(gamma_limit=(80, 120)),  # the camera's response
         A.RandomToneCurve(scale=0.1, per_channel=False),
-        FancyPCA(alpha=0.1),  # hardly anything: 1 grey level on a smear, whose variances are small
+        A.FancyPCA(alpha=0.1),  # nothing that shows: the variances of a smear are small
         A.CLAHE(clip_limit=(1, 4), tile_grid_size=(8, 8)),  # as viewing software lifts contrast
         A.Equalize(mode="cv", by_channels=True),  # beyond any stain: the background turns to noise
     ],
@@ -505,7 +481,7 @@ GROUPS = {
         A.MedianBlur(blur_limit=(3, 7)),  # denoising in the camera
         A.MotionBlur(blur_limit=(3, 7), allow_shifted=True),  # a moving stage; 1.4: a third further
         A.Defocus(radius=(3, 10), alias_blur=(0.1, 0.5)),  # at 10 a cell's inner structure is gone
-        GlassBlur(sigma=0.7, max_delta=4, iterations=2),  # dirt, dried oil: rare and milder
+        GlassBlur(),  # dirt, dried oil: rare and milder
         A.Sharpen(alpha=(0.2, 0.5), lightness=(0.5, 1.0), method="kernel"),  # cameras' default
         A.Emboss(alpha=(0.2, 0.5), strength=(0.2, 0.7)),  # oblique light or DIC
         A.RingingOvershoot(blur_limit=(7, 15), cutoff=(np.pi / 4, np.pi / 2)),  # closed condenser
@@ -521,11 +497,9 @@ GROUPS = {
     ],
     # made for photographs of streets; a smear has dirt out of focus, reflections, at best scratches
     "optics and debris": [
-        RandomShadow(shadow_roi=(0, 0.5, 1, 1), num_shadows_limit=(1, 2), shadow_dimension=5),
-        RandomSunFlare(flare_roi=(0, 0, 1, 0.5), src_radius=400, src_color=(255, 255, 255),
-                       angle_range=(0, 1), num_flare_circles_range=(6, 10)),
-        RandomRain(slant_range=(-10, 10), drop_length=20, drop_width=1, blur_value=7,
-                   drop_color=(200, 200, 200), brightness_coefficient=0.7),
+        A.RandomShadow(shadow_roi=(0, 0.5, 1, 1), num_shadows_limit=(1, 2), shadow_dimension=5),
+        RandomSunFlare(),
+        RandomRain(),
         A.RandomSnow(snow_point_range=(0.1, 0.3), brightness_coeff=2.5, method="bleach"),
     ],
 }
@@ -547,13 +521,16 @@ DINOV2 = [[
 
 # Other organs: short lists, all of it in this order, each entry with the artefact that it mimics.
 # Nothing is mirrored where organs have a side: a mirrored chest is situs inversus, rare, and has to
-# stay so. Ranges are our choice, by the looks (figures.py SLICE --augment ct). `ct` computes in HU
-# up to its window, with ours, Rotate and Blur: the library's other filters clip floats to 0..1.
+# stay so. Ranges are our choice, by the looks (figures.py SLICE --augment ct). Before its window
+# `ct` computes in HU: with Rotate and Blur alone, as the library's other filters clip to 0..1.
 
-class RandomWindow(A.ImageOnlyTransform):  # values or 8 bits, windowed already -> 8 bits
-    def __init__(self, windows):
+class RandomWindow(A.ImageOnlyTransform):
+    """Values (or 8 bits: windowed already) -> 8 bits, through one of the windows (level, width), as
+    of a lower dose: a quarter of the X-rays means twice the noise, which at full is `noise`, HU."""
+
+    def __init__(self, windows, noise=6):
         super().__init__(p=1)
-        self.windows = windows
+        self.windows, self.noise = windows, noise
 
     def apply(self, img, **params):
         level, width = 127.5, 255
@@ -561,99 +538,55 @@ class RandomWindow(A.ImageOnlyTransform):  # values or 8 bits, windowed already 
             level, width = self.py_random.choice(self.windows)
         level += width * self.py_random.uniform(-0.1, 0.1)
         width *= self.py_random.uniform(0.8, 1.25)
-        return apply_window(img.astype(np.float32), level, width)
+        sigma = self.noise * math.sqrt(1 / self.py_random.uniform(1 / 16, 1) - 1)
+        noise = self.random_generator.standard_normal(img.shape[:2], np.float32)
+        return apply_window((img.T + sigma * noise.T).T, level, width)  # .T: channels have the same
 
-class Effect(A.ImageOnlyTransform):
-    """function(float32 [H, W, C], rng, numbers, each drawn evenly from its range)."""
-
-    def __init__(self, function, p, **ranges):
-        super().__init__(p=p)
-        self.function, self.ranges = function, ranges
+class Stain(A.ImageOnlyTransform):
+    """More or less of each dye (Tellez et al. 2018); -log is density (Beer-Lambert)."""
+    # optical density of haematoxylin, eosin and DAB in R, G, B (Ruifrok and Johnston 2001)
+    HED = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
 
     def apply(self, img, **params):
-        drawn = {name: self.py_random.uniform(*ends) for name, ends in self.ranges.items()}
-        x = img.astype(np.float32).reshape(*img.shape[:2], -1)
-        x = self.function(x, self.random_generator, **drawn).astype(np.float32).reshape(img.shape)
-        return np.rint(x).clip(0, 255).astype(np.uint8) if img.dtype == np.uint8 else x
-
-def noise(x, rng):  # the same in all channels
-    return rng.standard_normal((*x.shape[:2], 1), np.float32)
-
-def low_dose(x, rng, dose):  # a quarter of the X-rays, twice the noise: 6 HU at full dose
-    return x + 6 / math.sqrt(dose) * noise(x, rng)
-
-def kernel(x, rng, sharpness, sigma):  # -1 blurs, as for soft tissue; 1: sharp, as for bone
-    return x + sharpness * (x - cv2.GaussianBlur(x, (0, 0), sigma).reshape(x.shape))
-
-def bias_field(x, rng, strength):  # a coil hears best what is near: brightness drifts, smoothly
-    log = cv2.resize(rng.normal(0, strength, (3, 3)), x.shape[1::-1], interpolation=cv2.INTER_CUBIC)
-    return x * np.exp(log)[..., None]
-
-# breath, pulse: in k-space all but each n-th line are weaker, which amounts to n faint copies
-def ghosting(x, rng, copies, share):
-    n, axis = int(copies), rng.integers(2)
-    copies = sum(np.roll(x, k * x.shape[axis] // n, axis) for k in range(n))
-    return (1 - share) * x + share / n * copies
-
-def rician(x, rng, sigma):  # magnitude of a signal with noise in both its parts: dark gets brighter
-    return np.hypot(x + sigma * noise(x, rng), sigma * noise(x, rng))
-
-def collimation(x, rng, most):  # lead leaves around the field, black
-    (h, w), field = x.shape[:2], np.zeros_like(x)
-    top, bottom, left, right = (rng.uniform(-most, most, 4).clip(0) * (h, h, w, w)).astype(int)
-    field[top:h - bottom, left:w - right] = 1
-    return field * x
-
-def grid_lines(x, rng, period, depth):  # of the grid that holds back scattered rays
-    phase = 2 * np.pi / period * np.arange(max(x.shape)) + rng.uniform(0, 2 * np.pi)
-    wave = 1 + depth * np.sin(phase)
-    return x * (wave[:x.shape[0], None, None] if rng.random() < 0.5 else wave[:x.shape[1], None])
-
-# optical density of haematoxylin, eosin and DAB in R, G, B (Ruifrok and Johnston 2001)
-HED = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
-
-def stain(x, rng, spread):
-    """More or less of each dye (Tellez et al. 2018); -log is density (Beer-Lambert)."""
-    to_dyes_and_back = np.linalg.inv(HED) @ (rng.uniform(1 - spread, 1 + spread, (3, 1)) * HED)
-    more = spread / 10 * rng.uniform(-1, 1, 3) @ HED
-    return 256 * np.exp(np.log((x + 1) / 256) @ to_dyes_and_back - more) - 1
+        spread, rng = self.py_random.uniform(0, 0.3), self.random_generator
+        dyes = rng.uniform(1 - spread, 1 + spread, (3, 1)) * self.HED
+        more = spread / 10 * rng.uniform(-1, 1, 3) @ self.HED
+        density = -np.log((img + np.float32(1)) / 256) @ np.linalg.inv(self.HED) @ dyes + more
+        return np.rint(256 * np.exp(-density) - 1).clip(0, 255).astype(np.uint8)
 
 TURN = A.Rotate((-8, 8), border_mode=cv2.BORDER_REPLICATE, p=0.5)  # gravity says what is up
-LAMP = A.ColorJitter(brightness=0.1, contrast=0.1, saturation=0.1, hue=0.02, p=0.5)
+SOFT = A.GaussianBlur(blur_limit=0, sigma_limit=(0.3, 1.5), p=0.3)
 RECIPES = {"reddino": [[]], "none": [FLIPS], "dinov2": DINOV2, "ct": [[
     TURN,
-    Effect(low_dose, 0.5, dose=(1 / 16, 1)),
-    Effect(kernel, 0.5, sharpness=(-1, 1), sigma=(0.6, 1.2)),  # each maker has its own
     A.Blur(blur_limit=(3, 5), p=0.2),  # thick slices average what lies above each other
     RandomWindow([(-600, 1500), (40, 400), (400, 1800), (200, 700)]),  # lung, soft, bone, vessels
+    SOFT,  # each maker has its own kernel: for soft tissue,
+    A.Sharpen(alpha=(0.1, 0.3), method="gaussian", p=0.3),  # or for bone
     A.MotionBlur(blur_limit=(3, 9), p=0.2),  # breath
     A.RandomToneCurve(scale=0.15, per_channel=False, p=0.5),  # when contrast agent came
 ]], "mri": [[
     A.HorizontalFlip(p=0.5),  # brains, knees, breasts are all but symmetric; not hearts or livers
     TURN,
-    Effect(bias_field, 0.5, strength=(0.05, 0.3)),
+    A.Illumination("gaussian", intensity_range=(0.05, 0.2), p=0.5),  # a coil hears what is near
     A.RandomBrightnessContrast(brightness_limit=0, contrast_limit=0.3, p=0.5),  # there are no units
     A.RandomGamma(gamma_limit=(70, 140), p=0.5),  # echo and repetition times weigh tissues
-    A.MotionBlur(blur_limit=(3, 7), p=0.1),
-    Effect(ghosting, 0.2, copies=(2, 7), share=(0.1, 0.4)),
+    A.MotionBlur(blur_limit=(3, 7), p=0.2),  # breath, pulse
     A.RingingOvershoot(blur_limit=(7, 15), cutoff=(np.pi / 2, 3 * np.pi / 4), p=0.1),  # Gibbs
-    Effect(rician, 0.5, sigma=(2, 12)),
+    A.GaussNoise(std_range=(0.01, 0.05), per_channel=False, p=0.5),  # Rician, in the dark, really
 ]], "xray": [[
-    TURN,
+    # how the patient stands, and lead leaves around the field, which are black
+    A.Affine(rotate=(-8, 8), translate_percent=(-0.1, 0.1), p=0.5),
     A.RandomBrightnessContrast(brightness_limit=0.2, contrast_limit=0.2, p=0.5),  # exposure
     A.RandomGamma(gamma_limit=(60, 160), p=0.5),  # tube voltage
     A.RandomToneCurve(scale=0.1, per_channel=False, p=0.3),  # the maker's look-up table
-    A.GaussianBlur(blur_limit=0, sigma_limit=(0.3, 1.5), p=0.3),  # detector and focal spot
-    Effect(grid_lines, 0.2, period=(2.5, 8), depth=(0.01, 0.06)),
+    SOFT,  # detector and focal spot
     A.GaussNoise(std_range=(0.01, 0.04), per_channel=False, p=0.3),  # few quanta
-    Effect(collimation, 0.3, most=(0.15, 0.15)),
     A.InvertImg(p=0.05),  # exports that show bone black
 ]], "histology": [[
     A.D4(p=1),  # tissue has no up or left: all eight orientations alike
-    Effect(stain, 0.8, spread=(0, 0.3)),
-    LAMP,
-    A.Downscale(scale_range=(0.4, 0.8), interpolation_pair=SMOOTH, p=0.2),  # a lower objective
-    A.GaussianBlur(blur_limit=0, sigma_limit=(0.3, 1.5), p=0.3),  # thick or folded sections
+    Stain(p=0.8),
+    A.ColorJitter(brightness=0.1, contrast=0.1, saturation=0.1, hue=0.02, p=0.5),  # the lamp
+    SOFT,  # thick or folded sections, a lower objective
     A.ImageCompression(compression_type="jpeg", quality_range=(50, 95), p=0.3),  # as slides are
 ]]}
 # histology without what blurs: in views of 40 pixels that erases what tells cells apart
@@ -682,8 +615,9 @@ class MultiCrop:
         if augment not in RECIPES:
             raise UserError(f"--augment {augment!r}: it is one of {', '.join(RECIPES)}")
         self.local_shape, self.augment = (local_crops, 3, local_size, local_size), augment
+        # transforms of the first global view, the second, and of local ones
         self.recipe = [[RandomWindow([window]) if window and isinstance(t, RandomWindow) else t
-                        for t in of_view] for of_view in (RECIPES[augment] * 3)[:3]]
+                        for t in transforms] for transforms in (RECIPES[augment] * 3)[:3]]
         # Of random area and aspect 3/4 to 4/3. Shrunk by averaging, for the others would skip
         # pixels and alias; enlarged bilinearly as the release does, bicubically as DINOv2.
         enlarge = cv2.INTER_CUBIC if augment == "dinov2" else cv2.INTER_LINEAR
@@ -697,12 +631,11 @@ class MultiCrop:
         # alone, in 2.0.8, two workers draw the same, and again in each epoch.
         python_rng, views = random.Random(int(rng.integers(2**62))), []
         for number, crop in enumerate(self.crops):  # cropped first: colour work costs by the pixel
-            # first and second global view, local ones
-            some = self.recipe[min(number, 1 if number < GLOBAL_VIEWS else 2)]
+            transforms = self.recipe[min(number, GLOBAL_VIEWS)]
             if self.augment == "reddino":  # RedDino: four different ones, each with its p
-                some = python_rng.sample(TRANSFORMS, TRANSFORMS_PER_VIEW) + FLIPS
+                transforms = python_rng.sample(TRANSFORMS, TRANSFORMS_PER_VIEW) + FLIPS
             view = tile
-            for transform in (crop, *some):
+            for transform in (crop, *transforms):
                 transform.set_random_state(rng, python_rng)
                 view = transform(image=view)["image"]
             if view.ndim == 2:  # grey slices travel as one channel
@@ -746,50 +679,51 @@ def block_mask(rng: np.random.Generator, height: int, width: int, ratio: float) 
                 left, misses = left - new, 0
     return mask
 
-class Draws:
-    """Batch sampler: for each of `steps`, this process's share of a batch of `batch` as (epoch,
-    tile, mask ratios). balance: the folders take turns."""
+class Batches:
+    """batches[step]: what this process trains on in a step, a function of cfg.seed and the step.
 
-    def __init__(self, tiles, steps, batch, seed, balance=False, rank=0, world=1, mix=0):
-        self.tiles, self.steps, self.batch, self.seed, self.mix = tiles, steps, batch, seed, mix
-        self.slots = range(rank, batch, world)  # so that each gets its share of each mask ratio
-        sources = tiles.sources if balance else [("", 0, len(tiles))]
+    Global views uint8 [B, G, 3, S, S], local ones [B, L, 3, s, s], masks bool [B, G, N], numbers of
+    the tiles, and {path: reason} of what could not be read. UserError where no tile of 20 could."""
+
+    def __init__(self, cfg, tiles, patch_size, rank=0, world=1):
+        self.cfg, self.tiles, self.grid = cfg, tiles, cfg.global_size // patch_size
+        self.crop = MultiCrop(cfg.augment, cfg.global_size, cfg.local_size, cfg.local_crops,
+                              cfg.global_scale, cfg.window)
+        self.slots = range(rank, cfg.batch_size, world)  # gives each its share of each mask ratio
+        sources = tiles.sources if cfg.balance else [("", 0, len(tiles))]  # they take turns
         self.pools = [(first, last) for _, first, last in sources if last > first]
-        self.order = functools.lru_cache(2 * len(self.pools))(self.order)  # of epoch 0 and today's
+        self.lengths = [len(self.order(pool, 0)) for pool in range(len(self.pools))]
+        self.orders = {}  # pool: (epoch, its order)
 
     def order(self, pool, epoch):
-        rng = np.random.default_rng((self.seed, epoch, pool, 1))  # 1: a stream of its own
-        return self.tiles.shuffled(*self.pools[pool], rng, self.mix, self.batch)
+        """Numbers of the tiles of a pool as they come in an epoch."""
+        rng = np.random.default_rng((self.cfg.seed, epoch, pool, 1))  # 1: a stream of its own
+        return self.tiles.shuffled(*self.pools[pool], rng, self.cfg.mix, self.cfg.batch_size)
 
-    def draw(self, sample):
-        """Epoch and tile of a sample of the run. With mix 1 a tile may come twice in an epoch: the
-        sample's number in the place of the epoch's gives it other views."""
+    def epoch_and_tile(self, sample):
+        """Of a sample of the run. With mix 1 a tile may come twice in an epoch: the sample's number
+        in the place of the epoch's gives it other views."""
         turn, pool = divmod(sample, len(self.pools))
-        epoch, place = divmod(turn, len(self.order(pool, 0)))
-        return sample if self.mix == 1 else epoch, int(self.order(pool, epoch)[place])
+        epoch, place = divmod(turn, self.lengths[pool])
+        if pool not in self.orders or self.orders[pool][0] != epoch:
+            self.orders[pool] = epoch, self.order(pool, epoch)
+        return sample if self.cfg.mix == 1 else epoch, int(self.orders[pool][1][place])
 
-    def __iter__(self):
-        for step in self.steps:
-            ratios = mask_ratios(self.seed, step, GLOBAL_VIEWS * self.batch)
-            ratios = ratios.reshape(self.batch, GLOBAL_VIEWS)
-            yield [(*self.draw(step * self.batch + slot), tuple(ratios[slot]))
-                   for slot in self.slots]
+    def draws(self, step):
+        """This process's samples of a step, each as epoch, tile, mask ratios."""
+        size = self.cfg.batch_size
+        ratios = mask_ratios(self.cfg.seed, step, size * GLOBAL_VIEWS).reshape(size, GLOBAL_VIEWS)
+        return [(*self.epoch_and_tile(step * size + slot), tuple(ratios[slot]))
+                for slot in self.slots]
 
-class Views:
-    """views[epoch, tile, mask ratios]: crops as MultiCrop's, bool masks [G, grid * grid], number of
-    the tile, and {path: reason} of what could not be read. UserError where no tile of 20 could."""
-
-    def __init__(self, tiles, crop, grid, seed):
-        self.tiles, self.crop, self.grid, self.seed = tiles, crop, grid, seed
-
-    def __getitem__(self, draw):
-        epoch, index, ratios = draw
-        rng, faults = sample_rng(self.seed, index, epoch), {}
+    def views(self, epoch, index, ratios):
+        """Of one sample, what __getitem__ gives of all."""
+        rng, faults = sample_rng(self.cfg.seed, index, epoch), {}
         for _ in range(20):
             try:
                 tile = self.tiles[index]
             except BadImage as bad:  # another takes its place, the same in each repetition
-                last, faults[bad.path] = bad, bad.reason
+                faults[bad.path], last = bad.reason, bad
                 index = int(rng.integers(len(self.tiles)))
                 continue
             views = self.crop(tile, rng)
@@ -797,93 +731,81 @@ class Views:
             return *views, np.stack(masks), index, faults
         raise UserError(f"20 images in a row can't be read, is the folder still there? {last}")
 
-def collate(samples):
-    """Samples to a batch, images first: [B, G, 3, S, S], [B, L, 3, s, s], [B, G, N], tiles, faults.
-    numpy's go through a pipe, torch's through /dev/shm, of which Docker gives 64 MB."""
-    *views, indices, faults = zip(*samples)
-    return *map(np.stack, views), list(indices), dict(ChainMap(*faults))
+    def __getitem__(self, step):
+        samples = [self.views(*drawn) for drawn in self.draws(step)]
+        *arrays, indices, faults = zip(*samples)
+        return *map(np.stack, arrays), list(indices), dict(ChainMap(*faults))
 
-def worker_init(_):
-    """A worker leaves signals to its parent, which finishes its step; it computes on one core, and
-    ends when its parent is gone: with nobody to take its batches it would wait for ever."""
-    parent = os.getppid()
+def batches(cfg, tiles, start, patch_size, rank, world, workers, pin):
+    """This process's batches as tensors, from step `start` on; None once a second while there is
+    none yet. A generator, whose end is that of its `workers`. patch_size: of a token, on whose grid
+    the masks lie; pin: for a GPU."""
+    of_step, steps = Batches(cfg, tiles, patch_size, rank, world), range(start, cfg.iters)
+    made = from_workers(of_step, steps, workers) if workers else map(of_step.__getitem__, steps)
+    for batch in made:
+        if batch is not None:
+            *arrays, indices, faults = batch
+            tensors = [torch.from_numpy(array) for array in arrays]
+            batch = *[t.pin_memory() if pin else t for t in tensors], indices, faults
+        yield batch
 
-    def follow():
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
-    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):  # Windows has no SIGHUP
+def work(of_step, steps, end, pipes):
+    """A loading process: sends the batches of `steps`, or the error that ended it. It leaves
+    signals to its parent, which finishes its step, and computes on one core."""
+    for pipe in pipes:  # with no reader but the parent, sending fails when that is gone
+        pipe.close()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for name in {"SIGINT", "SIGHUP"} & set(dir(signal)):  # Windows has no SIGHUP
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     torch.set_num_threads(1)
+    try:
+        for step in steps:
+            end.send(of_step[step])
+    except BrokenPipeError:
+        return
+    except Exception as error:
+        end.send(error)
 
 LOADER_TIMEOUT = 300  # seconds without a batch; one takes a second or so
 
-def batches(cfg, tiles, start, patch_size, rank, world, workers, pin):
-    """This process's batches (see collate) as tensors, from step `start` on, as reddino.Config
-    says; None once a second while there is none yet. A generator, whose end is that of its
-    `workers`. patch_size: of a token, on whose grid the masks lie; pin: for a GPU."""
-    crop = MultiCrop(cfg.augment, cfg.global_size, cfg.local_size, cfg.local_crops,
-                     cfg.global_scale, cfg.window)
-    draws = Draws(tiles, range(start, cfg.iters), cfg.batch_size, cfg.seed, cfg.balance, rank,
-                  world, cfg.mix)
-    loader = torch.utils.data.DataLoader(
-        Views(tiles, crop, cfg.global_size // patch_size, cfg.seed), batch_sampler=draws,
-        collate_fn=collate, num_workers=workers, worker_init_fn=worker_init,
-        prefetch_factor=4 if workers else None, generator=torch.Generator())
-    for batch in from_workers(loader, len(draws.steps)) if workers else loader:
-        if batch is not None:
-            *views, indices, faults = batch
-            views = [torch.from_numpy(array) for array in views]
-            batch = *[view.pin_memory() if pin else view for view in views], indices, faults
-        yield batch
-
-def from_workers(loader, steps):
-    """The loader's batches; None once a second while there is none yet; UserError when a loading
-    process is gone or stands still. A thread fetches them: in the main one DataLoader raises from
-    signal handlers, wherever that is, and waits for ever for the rest of a dead sender's batch."""
-    ready, closed, workers = queue.Queue(1), threading.Event(), set()
-    others = set(multiprocessing.active_children())
-
-    def fetch():
-        try:
-            for batch in loader:
-                ready.put(batch)
-                if closed.is_set():
-                    return
-        except Exception as error:
-            ready.put(error)
-
-    threading.Thread(target=fetch, daemon=True).start()
+def from_workers(of_step, steps, workers):
+    """The batches, by processes in turn; None once a second while there is none yet; UserError when
+    a process is gone or stands still. A pipe ends with its process. (DataLoader waits for ever for
+    the rest of a dead one's batch, and lays tensors into /dev/shm, of which Docker has 64 MB.)"""
+    pipes, processes = [], []
+    for first in range(workers):
+        pipe, end = multiprocessing.Pipe(duplex=False)
+        pipes.append(pipe)
+        args = of_step, steps[first::workers], end, pipes
+        processes.append(multiprocessing.Process(target=work, args=args, daemon=True))
+        processes[-1].start()
+        end.close()  # now the process alone holds it
+    thread, turns = ThreadPoolExecutor(1), itertools.cycle(pipes)  # recv can't be interrupted
+    coming = thread.submit(next(turns).recv)
     try:
-        for _ in range(steps):
-            batch, waited = None, 0
-            while batch is None:
-                try:
-                    batch = ready.get(timeout=1)
-                except queue.Empty:
-                    waited += 1
-                    yield None
-                workers |= set(multiprocessing.active_children()) - others
-                if any(worker.exitcode for worker in workers):
-                    raise UserError("a loading process was killed: for want of memory? Fewer "
-                                    "--workers, a larger machine, or docker run --ipc=host")
+        for _ in steps:
+            waited = 0
+            while not wait([coming], timeout=1).done:
+                yield None
+                waited += 1
                 if waited == LOADER_TIMEOUT:
                     raise UserError(f"no batch for {waited} s: a file that takes for ever, or a "
                                     "stopped process; --workers 0 shows which")
-            if isinstance(batch, UserError):  # whose text DataLoader puts behind a traceback
-                raise UserError(str(batch).rpartition("UserError: ")[2].strip())
+            try:
+                batch = coming.result()
+            except (EOFError, OSError):
+                yield None  # the signal that ended it may be the parent's too
+                raise UserError("a loading process was killed: for want of memory? Fewer --workers "
+                                "need less") from None
             if isinstance(batch, Exception):
                 raise batch
+            coming = thread.submit(next(turns).recv)  # while this one is trained on
             yield batch
     finally:
-        closed.set()
-        for worker in set(multiprocessing.active_children()) - others:
-            worker.kill()
-            worker.join(5)  # until then it holds files of ours, a lock among them
-        if not ready.empty():
-            ready.get()  # or the thread would wait for ever
+        for process in processes:
+            process.kill()
+            process.join(5)  # until then it holds files of ours, a lock among them
+        thread.shutdown(wait=False)
 
 def normalise(views, device, dtype):
     """uint8 crops to the device (a quarter of the bytes of floats), and there to ImageNet's mean 0

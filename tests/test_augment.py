@@ -239,13 +239,11 @@ def test_values_without_a_sign_need_a_window(tmp_path):
         assert (
             np.abs(read_image(path)[..., 0] - values / 4095 * 255).max() <= 1
         )  # as a camera's 12 bits
-        for header_only in (False, True):
-            with pytest.raises(BadImage, match=r"no sign.*--window LEVEL WIDTH .*1064 400"):
-                read_image(path, header_only, raw=True)
-    with pytest.raises(
-        UserError, match=r"2 of 2 images can't be read; .*a.npy.*--window LEVEL WIDTH"
-    ):
-        Tiles([str(tmp_path)], raw=True)
+        with pytest.raises(BadImage, match=r"no sign.*--window LEVEL WIDTH .*1064 400"):
+            read_image(path, raw=True)
+    cfg = reddino.configure(arch="nano", augment="ct", data=str(tmp_path), batch_size=2, iters=1)
+    with pytest.raises(UserError, match=r"no sign.*--window LEVEL WIDTH"):  # training says so
+        next(augment.batches(cfg, reddino.find_tiles(cfg)[0], 0, 8, 0, 1, 0, False))
     assert len(Tiles([str(tmp_path)], window=(1064, 400), raw=True)) == 2
 
 
@@ -477,6 +475,12 @@ def test_each_smear_is_decoded_about_once_an_epoch(tmp_path, monkeypatch, keep):
         assert np.array_equal(order, np.random.default_rng(0).permutation(len(tiles)))
 
 
+def drawn(tiles, steps, **options):
+    """Of each step the samples, as (epoch, tile, mask ratios)."""
+    of_step = augment.Batches(reddino.configure(arch="nano", seed=0, **options), tiles, 8)
+    return [of_step.draws(step) for step in range(steps)]
+
+
 def test_one_large_image_does_not_change_how_many_a_batch_is_drawn_from(tmp_path, monkeypatch):
     for k in range(60):
         Image.fromarray(picture(120, 160, k)).save(tmp_path / f"{k:02d}.png")
@@ -484,7 +488,7 @@ def test_one_large_image_does_not_change_how_many_a_batch_is_drawn_from(tmp_path
 
     def images_in_a_batch():
         tiles = Tiles([str(tmp_path)], 40)
-        draws = augment.Draws(tiles, range(20), 32, 0)
+        draws = drawn(tiles, 20, batch_size=32, mix=0)
         return np.mean([len({tiles.file_of(i) for _, i, _ in batch}) for batch in draws])
 
     alone = images_in_a_batch()
@@ -500,8 +504,8 @@ def test_a_batch_mixes_so_many_smears(tmp_path, mix):
         )
     tiles = Tiles([str(tmp_path)], 15)
     for batch in (8, 12, 30):
-        draws = augment.Draws(tiles, range(100), batch, 0, mix=mix)
-        images = [{tiles.file_of(i) for _, i, _ in drawn} for drawn in draws]
+        draws = drawn(tiles, 100, batch_size=batch, mix=mix)
+        images = [{tiles.file_of(i) for _, i, _ in of_step} for of_step in draws]
         counts = np.array([len(of) for of in images])
         if mix == 1:  # every batch, across the borders of images and epochs
             assert (counts == 1).all() and len(set.union(*images)) == 20
@@ -673,56 +677,36 @@ def test_point_operations_by_their_formulas():
     assert (blocks == blocks[:, :1, :, :1]).all() and (blocks[:, 0, :, 0] == small[::4, ::4]).all()
 
 
-def test_fancy_pca_is_alexnets():
-    image = picture(224, 224, seed=3)
-    pixels = image.reshape(-1, 3) / 255
-    for seed in range(10):
-        out, drawn = apply("FancyPCA", image, seed)
-        variances, axes = np.linalg.eigh(np.cov(pixels.T))
-        shift = 255 * sum(
-            a * v * axis for a, v, axis in zip(drawn["alpha_vector"], variances, axes.T)
-        )
-        assert (
-            np.abs(out - np.clip(image + shift, 0, 255)).max() < 0.8
-        )  # rounding, and a seventh of the pixels
-
-
 def test_sun_flare_is_forty_discs_laid_over_each_other():
     image = picture(224, 224)
     for seed in range(5):
-        out, drawn = apply("RandomSunFlare", image, seed)
-        overlay, plain = image.copy(), image.copy()
-        for alpha, centre, radius, colour in drawn["circles"]:
-            cv2.circle(overlay, centre, radius, colour, -1)
-            plain = cv2.addWeighted(overlay, alpha, plain, 1 - alpha, 0)
-        overlay, plain = plain.copy(), plain.astype(float)
+        out, _ = apply("RandomSunFlare", image, seed)
+        y, x = np.random.default_rng(seed).uniform(0, (112, 224)).astype(int)
+        plain, overlay = image.astype(float), image.copy()
         for i, radius in enumerate(np.linspace(1, 400, 40)):
-            cv2.circle(overlay, drawn["flare_center"], int(radius), (255, 255, 255), -1)
+            cv2.circle(overlay, (int(x), int(y)), int(radius), (255, 255, 255), -1)
             weight = (1 - i / 39) ** 3
             plain = overlay * weight + plain * (1 - weight)
         difference = np.abs(out - plain)
-        assert (
-            difference.mean() < 1 and np.quantile(difference, 0.95) < 3
-        )  # but for the rims of the discs
-        assert (out[drawn["flare_center"][1], drawn["flare_center"][0]] == 255).all()
+        assert difference.mean() < 2 and np.quantile(difference, 0.95) < 5  # smooth, not in steps
+        assert (out[y, x] >= 254).all()
 
 
 def test_glass_blur_moves_pixels_as_far_as_the_library_does():
-    # Each pixel holds its own position: how far did it come from? Without the two Gaussian blurs
-    # around it.
-    y, x = np.mgrid[:200, :200].astype(np.uint8)
-    image, walks = np.dstack((y, x, x)), []
-    for transform in (type(BY_NAME["GlassBlur"]), A.GlassBlur):
-        transform = transform(sigma=1e-3, max_delta=4, iterations=2, p=1)
-        transform.set_random_seed(0)
-        walk = transform(image=image)["image"].astype(int) - image
-        walks.append(walk[20:-20, 20:-20, :2].reshape(-1, 2))
-    ours, theirs = walks
-    assert np.abs(ours.std(0) - theirs.std(0)).max() < 0.15
-    assert (
-        np.abs(ours.mean(0) - theirs.mean(0)).max() < 1.5
-    )  # steps of -4..3: theirs swaps, so that some go backwards
-    assert np.abs(ours).max() <= 8
+    # Where does the light of a white pixel go, on average over many? Its mean square distance
+    image = np.zeros((200, 200, 3), np.uint8)
+    image[20:-20:20, 20:-20:20] = 255
+    y, x = ((np.mgrid[:200, :200] + 10) % 20) - 10
+    spread = []
+    for transform in (BY_NAME["GlassBlur"], A.GlassBlur(sigma=0.7, max_delta=4, iterations=2)):
+        light = np.zeros((200, 200))
+        for seed in range(30):
+            transform.set_random_state(np.random.default_rng(seed), random.Random(seed))
+            light += transform(image=image, force_apply=True)["image"][..., 0]
+        light = light[20:-20, 20:-20] / light[20:-20, 20:-20].sum()
+        spread.append([(light * (a**2)[20:-20, 20:-20]).sum() for a in (y, x)])
+    ours, theirs = np.array(spread)
+    assert np.abs(ours / theirs - 1).max() < 0.2
 
 
 def test_iso_noise_has_1_4s_mean_and_spread():
@@ -747,31 +731,13 @@ def test_rain_blurs_and_darkens_everything():
     for size, drops in ((224, 83), (98, 16)):
         image = np.full((size, size, 3), 100, np.uint8)
         image[:, size // 2 :] = 150
-        out, drawn = apply("RandomRain", image)
-        assert (
-            len(drawn["drops"]) == drops and (np.diff(drawn["drops"], axis=1)[..., 1] == 20).all()
-        )
-        assert (
-            out.min() == 70 and np.median(out[:, 5]) == 70 and np.median(out[:, -5]) == 105
-        )  # 0.7
-        assert (
-            len(np.unique(out[:, size // 2 - 3 : size // 2 + 3].astype(int).min(0)[:, 0])) > 3
-        )  # the edge: 7 x 7 box
-
-
-def test_shadow_halves_lightness_in_the_lower_half():
-    image = picture(224, 224)
-    out, _ = apply("RandomShadow", image, seed=1)
-    before, after = (cv2.cvtColor(i, cv2.COLOR_RGB2HLS).astype(int) for i in (image, out))
-    dark = (out != image).any(-1) & (np.abs(after[..., 1] - before[..., 1]) > 5)
-    assert dark.sum() > 500 and not dark[:110].any()
-    assert np.abs(after[dark][:, 1] - before[dark][:, 1] // 2).max() <= 2
-    saturated = dark & (before[..., 1] > 60)
-    assert np.median(np.abs(after[saturated][:, 2] - before[saturated][:, 2])) <= 4
-    untouched = ~dark
-    assert (
-        np.abs(out[untouched].astype(int) - image[untouched]).max() <= 6
-    )  # there and back through 8-bit HLS
+        out, _ = apply("RandomRain", image)
+        assert out.min() == 70 and np.median(out[:, 5]) == 70 and np.median(out[:, -5]) == 105
+        edge = out[:, size // 2 - 3 : size // 2 + 3].astype(int).min(0)[:, 0]
+        assert len(np.unique(edge)) > 3  # a 7 x 7 box
+        light = [apply("RandomRain", 0 * image, seed)[0].mean() for seed in range(20)]
+        inside = size / (size + 20) * 20  # of 20 pixels' length
+        assert abs(np.mean(light) * size**2 / (0.7 * 200 * inside) / drops - 1) < 0.15
 
 
 # Views
@@ -928,11 +894,6 @@ def draw(transform, image, seed=0):
     return transform(image=image, force_apply=True)["image"]
 
 
-def effect(function, **values):
-    """One of the functions with these values."""
-    return augment.Effect(function, 1, **{name: (value, value) for name, value in values.items()})
-
-
 def slice_of_noise(size=96, spread=4000):
     """Smooth values far beyond any window, float32."""
     grid = np.random.default_rng(0).normal(0, spread, (12, 12)).astype(np.float32)
@@ -975,8 +936,8 @@ def test_nothing_wraps_around(name):
         for seed in range(10):
             white = draw(transform, np.full((64, 64, 3), 255, np.uint8), seed)
             black = draw(transform, np.zeros((64, 64, 3), np.uint8), seed)
-            collimated = getattr(transform, "function", None) is augment.collimation
-            assert np.median(white) > 100 and (white.min() > 60 or collimated), transform
+            outside = isinstance(transform, A.Affine)  # of the picture it is black
+            assert np.median(white) > 100 and (white.min() > 60 or outside), transform
             assert np.median(black) < 100 and black.max() < 120, transform
 
 
@@ -1029,11 +990,16 @@ def test_what_has_a_side_keeps_it():
     assert orientations("histology", image) == eight and len(eight) == 8
     for name in ("ct", "mri", "xray"):  # and no other entry moves anything but the small turn
         turns = [t for t in augment.RECIPES[name][0] if isinstance(t, A.DualTransform | A.Rotate)]
-        assert all(isinstance(t, A.HorizontalFlip) or max(map(abs, t.limit)) <= 10 for t in turns)
+        for t in turns:
+            if isinstance(t, A.Affine):
+                assert max(map(abs, t.rotate)) <= 10 and set(t.scale["x"] + t.scale["y"]) == {1}
+            else:
+                assert isinstance(t, A.HorizontalFlip) or max(map(abs, t.limit)) <= 10
 
 
 def test_ct_sees_through_random_windows():
     (window,) = (t for t in augment.RECIPES["ct"][0] if isinstance(t, augment.RandomWindow))
+    window = augment.RandomWindow(window.windows, noise=0)
     ramp = np.arange(-3000, 3000, dtype=np.float32)[None]
 
     def seen(transform):
@@ -1051,6 +1017,7 @@ def test_ct_sees_through_random_windows():
     assert level_low < -500 and level_high > 400 and width_low < 360 and width_high > 1900
     given = MultiCrop("ct", window=(1064, 400)).recipe[0]
     (window,) = (t for t in given if isinstance(t, augment.RandomWindow))
+    window = augment.RandomWindow(window.windows, noise=0)
     drawn = seen(window)
     assert 1020 < drawn[:, 0].min() < 1030 and 1098 < drawn[:, 0].max() < 1108
     assert 316 < drawn[:, 1].min() < 330 and 480 < drawn[:, 1].max() < 504
@@ -1068,7 +1035,7 @@ def test_ct_keeps_the_values_up_to_its_window():
     there."""
     bright = np.full((64, 64), 2500, np.float32) + np.arange(64, dtype=np.float32)
     for seed in range(10):
-        for transform in augment.RECIPES["ct"][0][:4]:
+        for transform in augment.RECIPES["ct"][0][:2]:
             out = draw(transform, bright, seed)
             assert (
                 out.dtype == np.float32 and out.min() > 2200 and out.max() < 2800 and out.std() > 10
@@ -1079,98 +1046,42 @@ def test_ct_keeps_the_values_up_to_its_window():
     assert np.ptp(views.astype(int)) > 150
 
 
+class Fixed(random.Random):
+    """Gives the numbers that a test wants where `uniform` is asked."""
+
+    def __init__(self, *values):
+        super().__init__(0)
+        self.values = list(values)
+
+    def uniform(self, low, high):
+        return self.values.pop(0)
+
+
 def test_noise_follows_the_dose():
-    flat = np.zeros((200, 200), np.float32)
-    for dose in (1, 1 / 4, 1 / 16):
-        out = draw(effect(augment.low_dose, dose=dose), flat)
-        assert abs(out.std() * math.sqrt(dose) / 6 - 1) < 0.02 and abs(out.mean()) < 0.5
-
-
-def test_kernel_against_its_transfer_function():
-    # A wave passes a Gaussian with exp(-(2 pi f sigma)^2 / 2), hence soft and sharp with 1 + s (1 -
-    # that)
-    wave = np.tile(100 * np.sin(2 * np.pi * np.arange(128) / 16), (32, 1)).astype(np.float32)
-    for sharpness in (-1, -0.5, 0, 1):
-        out = draw(effect(augment.kernel, sharpness=sharpness, sigma=1.5), wave)
-        passed = 1 + sharpness * (1 - math.exp(-((2 * np.pi / 16 * 1.5) ** 2) / 2))
-        assert np.abs(out - passed * wave)[:, 16:-16].max() < 1
-
-
-def test_bias_field_is_smooth_and_multiplies():
-    transform = effect(augment.bias_field, strength=0.3)
-    field = draw(transform, np.ones((96, 96), np.float32), 3)
-    assert np.allclose(draw(transform, slice_of_noise(), 3), slice_of_noise() * field, rtol=1e-5)
-    assert np.ptp(field) > 0.2 and field.min() > 0
-    assert (
-        np.abs(np.diff(np.log(field), axis=0)).max() < 0.05
-    )  # over 96 pixels there is more, bit by bit
-
-
-def test_ghosts_are_weaker_lines_of_k_space():
-    image = slice_of_noise(60)
-    for seed, n in ((0, 3), (1, 4), (2, 5)):
-        out = draw(effect(augment.ghosting, copies=n + 0.5, share=0.3), image, seed)
-        expected = []
-        for axis in (0, 1):
-            weaker = np.where(np.arange(60) % n, 0.7, 1).reshape((-1, 1) if axis == 0 else (1, -1))
-            expected.append(np.fft.ifft(np.fft.fft(image, axis=axis) * weaker, axis=axis).real)
-        assert min(np.abs(out - e).max() for e in expected) < 0.01 * np.ptp(image)
-
-
-def test_rician_noise_has_its_moments():
-    for strength, sigma in ((0, 10), (50, 10)):
-        out = draw(effect(augment.rician, sigma=sigma), np.full((400, 400), strength, np.float32))
-        mean = math.sqrt(math.pi / 2) * sigma  # Rayleigh; far away from 0:
-        if strength:
-            mean = strength + sigma**2 / (2 * strength)
-        assert (
-            abs(out.mean() - mean) < 0.1
-            and abs((out**2).mean() - strength**2 - 2 * sigma**2) < 5
-            and out.min() >= 0
-        )
-
-
-def test_collimation_leaves_a_rectangle():
-    image, kept = np.full((100, 80, 3), 200, np.uint8), []
-    for seed in range(40):
-        field = (draw(effect(augment.collimation, most=0.15), image, seed) == 200)[..., 0]
-        rows, columns = np.flatnonzero(field.any(1)), np.flatnonzero(field.any(0))
-        assert field[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all()
-        kept.append((rows[0], 99 - rows[-1], columns[0], 79 - columns[-1]))
-    kept = np.array(kept)
-    assert kept.max() <= 15 and (kept[:, 2:].max(0) <= 12).all() and (kept.max(0) > 8).all()
-    assert 0.3 < (kept == 0).mean() < 0.7
-
-
-def test_grid_lines_are_one_frequency():
-    out = draw(
-        effect(augment.grid_lines, period=4, depth=0.05), np.full((64, 64), 100, np.float32), 1
-    )
-    power = np.abs(np.fft.fft2(out - 100)) ** 2
-    assert (
-        np.sort(power.ravel())[-2:].sum() > 0.999 * power.sum()
-        and abs(out.std() - 5 / math.sqrt(2)) < 0.01
-    )
-    assert set(np.argwhere(power > 0.1 * power.max()).ravel()) == {
-        0,
-        16,
-        48,
-    }  # 64 / 4, along one axis
+    window, flat = augment.RandomWindow([(0, 400)]), np.zeros((200, 200), np.float32)
+    for dose in (1, 1 / 2, 1 / 4, 1 / 16):
+        window.set_random_state(np.random.default_rng(0), Fixed(0, 1, dose))
+        out = window(image=flat)["image"] * (400 / 255)
+        expected = math.sqrt((6 / math.sqrt(dose)) ** 2 - 6**2)  # the slice has the noise of 1
+        assert abs(out.std() - expected) < 0.02 * expected + 0.1 and abs(out.mean() - 200) < 1.5
+    colours = np.full((50, 50, 3), 128, np.uint8)
+    window.set_random_state(np.random.default_rng(0), Fixed(0, 1, 1 / 4))
+    out = window(image=colours)["image"]
+    assert out.std() > 5 and (out == out[..., :1]).all()
 
 
 def test_stain_in_its_own_space():
-    image = picture(64, 64)
-    assert (
-        np.abs(draw(effect(augment.stain, spread=0), image).astype(int) - image).max() <= 1
-    )  # there and back
-    for dye in range(3):  # a pixel of one dye alone stays of its colour: times a factor
-        pixel = (256 * np.exp(-1.0 * augment.HED[dye]) - 1).astype(np.float32) * np.ones(
-            (2, 2, 1), np.float32
-        )
+    stain, hed = augment.Stain(p=1), augment.Stain.HED
+    for spread in (0, 0.3):
+        # pixels of one dye alone, in three amounts, stay of its colour: times a factor
+        pixels = np.rint(256 * np.exp(-np.array([0.3, 0.6, 1])[:, None, None] * hed) - 1)
+        stain.set_random_state(np.random.default_rng(5), Fixed(spread))
+        out = stain(image=pixels.astype(np.uint8))["image"]
         rng = np.random.default_rng(5)
-        factor, more = rng.uniform(0.7, 1.3, (3, 1)), 0.03 * rng.uniform(-1, 1, 3) @ augment.HED
-        density = -np.log((augment.stain(pixel, np.random.default_rng(5), 0.3) + 1) / 256)
-        assert np.allclose(density[0, 0] - more, factor[dye] * augment.HED[dye], atol=1e-4)
+        factor = rng.uniform(1 - spread, 1 + spread, (3, 1))
+        more = 0.1 * spread * rng.uniform(-1, 1, 3) @ hed
+        density = np.array([0.3, 0.6, 1])[:, None, None] * factor * hed + more
+        assert np.abs(out - (256 * np.exp(-density) - 1).clip(0, 255)).max() <= 3
 
 
 def test_options_of_a_training_reach_the_views(tmp_path):
@@ -1529,7 +1440,7 @@ def test_what_dicom_can_t_give_is_named(tmp_path, monkeypatch):
     header.PixelRepresentation = 0
     header.save_as(values)
     with pytest.raises(BadImage, match="no sign"):  # of unknown units
-        read_image(str(values), header_only=True, raw=True)
+        read_image(str(values), raw=True)
     with open(dicom_file("CT_small.dcm"), "rb") as file:
         (tmp_path / "IM0001").write_bytes(file.read())
     monkeypatch.setitem(sys.modules, "pydicom", None)  # as if it were not installed
@@ -1543,8 +1454,9 @@ def test_frames_are_slices_and_names_don_t_matter(tmp_path, enhanced):
     pydicom = pytest.importorskip("pydicom")
     path = dicom_file("CT_small.dcm")
     values, header = stored(path)
-    for name in ("IM0001", "X.DCM", "1.2.840.113619.2", "DICOMDIR", "notes.txt"):
+    for name in ("IM0001", "X.DCM", "1.2.840.113619.2", "notes.txt"):
         shutil.copy(path, tmp_path / name)
+    shutil.copy(dicom_file("DICOMDIR"), tmp_path)  # a table of contents
     (tmp_path / "README").write_text("no image" * 99)
     header.NumberOfFrames = 3
     stack = np.stack([values, values + 100, values + 200])
@@ -1622,8 +1534,7 @@ def test_workers_change_nothing_and_need_no_shared_memory(tmp_path, monkeypatch)
     assert len(runs[0]) == len(runs[1]) == 6
     for a, b in zip(*runs):
         assert all(torch.equal(x, y) for x, y in zip(a[:3], b[:3])) and a[3] == b[3]
-    views = augment.Views(tiles, MultiCrop("none", 32, 16, 0), 4, 0)
-    sent = augment.collate([views[0, 0, (0.0, 0.3)]])
+    sent = augment.Batches(cfg, tiles, 8)[0]
     assert all(isinstance(part, np.ndarray) for part in sent[:3])  # which pickle, through the pipe
 
 
@@ -1645,7 +1556,9 @@ def test_a_worker_that_is_killed_or_stands_still_is_one_line(tmp_path, monkeypat
         assert "\n" not in str(error.value)
         loader.close()
         others = [t for t in threading.enumerate() if t is not threading.main_thread()]
-        assert all(t.daemon for t in others)  # the program can end
+        for thread in others:
+            thread.join(5)
+            assert not thread.is_alive()  # the program can end
 
 
 def test_nothing_is_trained_on_when_nothing_can_be_read(tmp_path):

@@ -742,8 +742,8 @@ def drawn(images, world, start=0, **more):
     """[step][rank] -> list of (epoch, patch, ratios)."""
     cfg = configure(**options(images, "out", **more))
     tiles = Tiles(cfg.data, cfg.tile_size)
-    given = tiles, range(start, cfg.iters), cfg.batch_size, cfg.seed, cfg.balance
-    return tiles, list(zip(*(augment.Draws(*given, rank, world, cfg.mix) for rank in range(world))))
+    shares = [augment.Batches(cfg, tiles, 8, rank, world) for rank in range(world)]
+    return tiles, [[of.draws(step) for of in shares] for step in range(start, cfg.iters)]
 
 
 def test_each_patch_once_an_epoch_across_processes(images):
@@ -778,18 +778,15 @@ def test_balance_draws_from_the_folders_evenly(images):
 
 def test_masks_are_drawn_by_sample(images):
     cfg = configure(**options(images, "out", batch_size=8))
-    crop = augment.MultiCrop(global_size=32, local_size=16)
-    tiles = Tiles(cfg.data, cfg.tile_size)
-    views = augment.Views(tiles, crop, 4, cfg.seed)
-    draw = next(iter(augment.Draws(tiles, range(1), cfg.batch_size, cfg.seed)))
-    batch, again = (augment.collate([views[d] for d in draw]) for _ in range(2))
+    of_step = augment.Batches(cfg, Tiles(cfg.data, cfg.tile_size), 8)
+    batch, again = of_step[0], of_step[0]
     for a, b in zip(batch[:3], again[:3]):
         assert np.array_equal(a, b)
     batch = [torch.as_tensor(part) for part in batch[:3]]
     assert batch[0].shape == (8, 2, 3, 32, 32) and batch[1].shape == (8, 1, 3, 16, 16)
     assert batch[2].shape == (8, 2, 16) and batch[0].dtype == torch.uint8
     assert batch[2].any(2).sum() <= 8 and batch[2].any()
-    assert torch.equal(batch[0][2], torch.as_tensor(views[draw[2]][0]))
+    assert torch.equal(batch[0][2], torch.as_tensor(of_step.views(*of_step.draws(0)[2])[0]))
 
 
 # -------------------------------------------------------------------------------------------
