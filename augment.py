@@ -525,12 +525,13 @@ DINOV2 = [[
 # `ct` computes in HU: with Rotate and Blur alone, as the library's other filters clip to 0..1.
 
 class RandomWindow(A.ImageOnlyTransform):
-    """Values (or 8 bits: windowed already) -> 8 bits, through one of the windows (level, width), as
-    of a lower dose: a quarter of the X-rays means twice the noise, which at full is `noise`, HU."""
+    """Values (or 8 bits: windowed already) -> 8 bits, as another scan had shown them. By a lower
+    dose: a quarter of the X-rays means twice the noise, which at full is `noise`, HU. By another
+    reconstruction kernel: softer, or sharper, as for bone. Through one of the windows."""
 
-    def __init__(self, windows, noise=6):
+    def __init__(self, windows, noise=6, sharpness=1):
         super().__init__(p=1)
-        self.windows, self.noise = windows, noise
+        self.windows, self.noise, self.sharpness = windows, noise, sharpness
 
     def apply(self, img, **params):
         level, width = 127.5, 255
@@ -540,7 +541,10 @@ class RandomWindow(A.ImageOnlyTransform):
         width *= self.py_random.uniform(0.8, 1.25)
         sigma = self.noise * math.sqrt(1 / self.py_random.uniform(1 / 16, 1) - 1)
         noise = self.random_generator.standard_normal(img.shape[:2], np.float32)
-        return apply_window((img.T + sigma * noise.T).T, level, width)  # .T: channels have the same
+        values = np.ascontiguousarray((img.T + sigma * noise.T).T)  # .T: the same in all channels
+        sharper = self.sharpness * self.py_random.uniform(-1, 1)
+        values += sharper * (values - cv2.GaussianBlur(values, (0, 0), 0.9))
+        return apply_window(values, level, width)
 
 class Stain(A.ImageOnlyTransform):
     """More or less of each dye (Tellez et al. 2018); -log is density (Beer-Lambert)."""
@@ -560,8 +564,6 @@ RECIPES = {"reddino": [[]], "none": [FLIPS], "dinov2": DINOV2, "ct": [[
     TURN,
     A.Blur(blur_limit=(3, 5), p=0.2),  # thick slices average what lies above each other
     RandomWindow([(-600, 1500), (40, 400), (400, 1800), (200, 700)]),  # lung, soft, bone, vessels
-    SOFT,  # each maker has its own kernel: for soft tissue,
-    A.Sharpen(alpha=(0.1, 0.3), method="gaussian", p=0.3),  # or for bone
     A.MotionBlur(blur_limit=(3, 9), p=0.2),  # breath
     A.RandomToneCurve(scale=0.15, per_channel=False, p=0.5),  # when contrast agent came
 ]], "mri": [[

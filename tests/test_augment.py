@@ -999,7 +999,7 @@ def test_what_has_a_side_keeps_it():
 
 def test_ct_sees_through_random_windows():
     (window,) = (t for t in augment.RECIPES["ct"][0] if isinstance(t, augment.RandomWindow))
-    window = augment.RandomWindow(window.windows, noise=0)
+    window = augment.RandomWindow(window.windows, noise=0, sharpness=0)
     ramp = np.arange(-3000, 3000, dtype=np.float32)[None]
 
     def seen(transform):
@@ -1017,7 +1017,7 @@ def test_ct_sees_through_random_windows():
     assert level_low < -500 and level_high > 400 and width_low < 360 and width_high > 1900
     given = MultiCrop("ct", window=(1064, 400)).recipe[0]
     (window,) = (t for t in given if isinstance(t, augment.RandomWindow))
-    window = augment.RandomWindow(window.windows, noise=0)
+    window = augment.RandomWindow(window.windows, noise=0, sharpness=0)
     drawn = seen(window)
     assert 1020 < drawn[:, 0].min() < 1030 and 1098 < drawn[:, 0].max() < 1108
     assert 316 < drawn[:, 1].min() < 330 and 480 < drawn[:, 1].max() < 504
@@ -1060,14 +1060,25 @@ class Fixed(random.Random):
 def test_noise_follows_the_dose():
     window, flat = augment.RandomWindow([(0, 400)]), np.zeros((200, 200), np.float32)
     for dose in (1, 1 / 2, 1 / 4, 1 / 16):
-        window.set_random_state(np.random.default_rng(0), Fixed(0, 1, dose))
+        window.set_random_state(np.random.default_rng(0), Fixed(0, 1, dose, 0))
         out = window(image=flat)["image"] * (400 / 255)
         expected = math.sqrt((6 / math.sqrt(dose)) ** 2 - 6**2)  # the slice has the noise of 1
         assert abs(out.std() - expected) < 0.02 * expected + 0.1 and abs(out.mean() - 200) < 1.5
     colours = np.full((50, 50, 3), 128, np.uint8)
-    window.set_random_state(np.random.default_rng(0), Fixed(0, 1, 1 / 4))
+    window.set_random_state(np.random.default_rng(0), Fixed(0, 1, 1 / 4, 0))
     out = window(image=colours)["image"]
     assert out.std() > 5 and (out == out[..., :1]).all()
+
+
+def test_the_kernel_sharpens_and_softens():
+    window, edge = augment.RandomWindow([(0, 400)]), np.zeros((40, 40), np.float32)
+    edge[:, 20:] = 100
+    soft = np.array([0.5 + 0.5 * math.erf((x - 19.5) / 0.9 / math.sqrt(2)) for x in range(40)])
+    for sharpness in (-1, -0.5, 0, 1):  # between a Gaussian and the edge, or beyond it
+        window.set_random_state(np.random.default_rng(0), Fixed(0, 1, 1, sharpness))
+        out = window(image=edge)["image"] * (400 / 255) - 200
+        expected = edge[0] + sharpness * (edge[0] - 100 * soft)
+        assert np.abs(out - expected).max() < 3  # a grey level is 1.6, the rest is the pixels
 
 
 def test_stain_in_its_own_space():
