@@ -324,8 +324,8 @@ class Tiles:
         self.tile_sizes, self.unit = np.atleast_1d(tile_size).tolist(), unit
         self.files, self.sources, self.skipped, self.notes = [], [], {}, []
         self.reading = {"window": window, "raw": raw}
-        if unit == "cells" and (raw or 0 in self.tile_sizes):
-            raise UserError("--unit cells: needs stained smears and a --tile-size above 0")
+        if unit == "cells" and (0 in self.tile_sizes or (raw and not window)):
+            raise UserError("--unit cells: needs a --tile-size above 0, and for ct a --window")
         if len({os.path.realpath(folder) for folder in folders}) < len(folders):
             raise UserError(f"--data names a folder twice: {' '.join(map(repr, folders))}")
         sizes, squares = [], []
@@ -358,10 +358,11 @@ class Tiles:
     def look(self, path):
         """(height, width) of an image, and (side, top, left) of its tiles."""
         if self.unit == "cells":
-            image = read_image(path, writable=False, **self.reading)
+            image = read_image(path, writable=False, window=self.reading["window"])
+            dark = 255 - image if self.reading["raw"] else image  # CT: vessels, bones are bright
             return image.shape[:2], [
                 (side, round(y - side / 2), round(x - side / 2))
-                for side in self.tile_sizes for x, y in find_cells(image, side)]
+                for side in self.tile_sizes for x, y in find_cells(dark, side)]
         height, width = read_image(path, header_only=True, **self.reading)
         return (height, width), [
             (side, top, left) for side in self.tile_sizes

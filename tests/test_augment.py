@@ -1525,6 +1525,21 @@ def test_cells_are_found_where_they_were_drawn(tmp_path):
         Tiles([str(table.parent / "smears")], 0, unit="cells")
 
 
+def test_contrast_filled_vessels_are_found_as_cells_are(tmp_path):
+    table = smears.draw(tmp_path / "drawn", 12, seed=3, slices=True)
+    rows, given = list(csv.DictReader(open(table))), [str(table.parent / "slices")]
+    tiles, found = Tiles(given, 64, (200, 700), raw=True, unit="cells"), 0
+    for row in rows:
+        (number,) = (n for n, path in enumerate(tiles.files) if path.endswith(row["image"]))
+        centres = tiles.squares[tiles.image == number, :0:-1] + 32
+        gaps = np.linalg.norm(centres - (float(row["x"]), float(row["y"])), axis=1)
+        found += gaps.min() < 12
+    assert len(rows) == 24 and found > 20
+    assert tiles[0].shape == (64, 64) and tiles[0].dtype == np.float32  # values, until RandomWindow
+    with pytest.raises(UserError, match="--window"):
+        Tiles(given, 64, raw=True, unit="cells")
+
+
 def loading(tmp_path, **options):
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # plain DataLoaders of other tests left theirs
     for k in range(4):
