@@ -54,6 +54,7 @@ from augment import RECIPES, BadImage, Tiles, UserError, batches, check_window, 
 # ViT-S; PRESETS says what differs elsewhere. Durations are shares of the run.
 
 def opt(default, text, choices=None, low=0, high=10**9):
+    """An option: its default, help, and what it may be (numbers: from low to high)."""
     allowed = dict(default=default, help=text, choices=choices, low=low, high=high)
     return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=allowed)
 
@@ -64,16 +65,16 @@ class Config:
     # what is trained
     arch: str = opt("vits14", "the backbone", ["nano", "vits14", "vitb14", "vitl14", "vitg14"])
     init: str = opt("", "start from a backbone: a file, dinov2_vits14, ..., hf_hub:OWNER/NAME")
-    registers: int = opt(0, "register tokens (Darcet et al. 2024: 4; RedDino: none)", high=1024)
+    registers: int = opt(0, "register tokens (Darcet et al. 2024: 4; RedDino: none)")
     drop_path: float = opt(0.0, "stochastic depth (DINOv2: 0.3; RedDino, in effect: 0)", high=0.99)
-    prototypes: int = opt(131072, "K (RedDino, DINOv2 long; short: 65536)", low=1, high=2**23)
+    prototypes: int = opt(131072, "K (RedDino, DINOv2 long; short: 65536)", low=1)
     separate_heads: bool = opt(False, "a head for patches of their own (DINOv2 long)")
     # what it sees
     unit: str = opt("tiles", "windows of images, or single cells found in them", ["tiles", "cells"])
-    tile_size: list[int] = opt([224], "side in pixels (RedDino); 0: whole; or several", high=10**5)
+    tile_size: list[int] = opt([224], "side in pixels (RedDino); 0: whole; or several")
     window: list[float] = opt([], "LEVEL WIDTH: what is seen of deep grey", low=-math.inf)
-    global_size: int = opt(224, "pixels of the global views (DINOv2)", low=1, high=10**4)
-    local_size: int = opt(98, "pixels of the local views (DINOv2 with patch 14)", low=1, high=10**4)
+    global_size: int = opt(224, "pixels of the global views (DINOv2)", low=1)
+    local_size: int = opt(98, "pixels of the local views (DINOv2 with patch 14)", low=1)
     local_crops: int = opt(1, "local views of an image (RedDino: 1; DINOv2: 8)", high=100)
     global_scale: float = opt(0.32, "least area share of a global view (DINOv2)", low=0.06, high=1)
     augment: str = opt("reddino", "pixel transforms: RedDino's, an organ's, none", list(RECIPES))
@@ -99,7 +100,7 @@ class Config:
     freeze_backbone_steps: int = opt(0, "steps for heads alone; in as many again lr rises")
     eval_data: list[str] = opt([], "labelled cells as in eval.py: 20-NN at each checkpoint")
     # the machine
-    seed: int = opt(0, "of everything random", high=2**63 - 1)
+    seed: int = opt(0, "of everything random")
     workers: int = opt(-1, "loading processes of each process; -1: by cores", low=-1, high=1024)
     device: str = opt("auto", "where to compute", ["auto", "cpu", "cuda", "mps"])
     dtype: str = opt("auto", "of products; auto: bfloat16 where the hardware has it",
@@ -162,6 +163,9 @@ def conv_stem():
 # named as in DINOv2's checkpoints.
 
 class Attention(nn.Module):
+    """Multi-head self-attention, [B, N, D] to [B, N, D]: each token takes from all others what
+    softmax(q k / sqrt(D / heads)) gives it of their v (Vaswani et al. 2017)."""
+
     def __init__(self, dim, heads):
         super().__init__()
         self.heads = heads
@@ -318,15 +322,15 @@ class Standardise(nn.Module):
 class DINOHead(nn.Module):
     """Tokens [R, D] to logits over prototypes [R, K]: 3-layer MLP, unit sphere, prototypes."""
 
-    def __init__(self, dim, prototypes, hidden=2048, bottleneck=256, standardise=False):
+    def __init__(self, dim, K, hidden=2048, bottleneck=256, standardise=False):
         super().__init__()
         norm = [Standardise()] if standardise else []
         layers = [nn.Linear(dim, hidden), *norm, nn.GELU(), nn.Linear(hidden, hidden), *norm,
                   nn.GELU(), nn.Linear(hidden, bottleneck)]
         self.mlp = nn.Sequential(*layers)
         self.apply(init_linear)
-        v = nn.init.kaiming_uniform_(torch.empty(prototypes, bottleneck), a=math.sqrt(5))  # DINOv2
-        self.last_layer = nn.ParameterDict({"weight_g": torch.ones(prototypes, 1), "weight_v": v})
+        v = nn.init.kaiming_uniform_(torch.empty(K, bottleneck), a=math.sqrt(5))  # as DINOv2
+        self.last_layer = nn.ParameterDict({"weight_g": torch.ones(K, 1), "weight_v": v})
 
     def prototypes(self):  # [K, bottleneck]: g * v / |v|
         return torch._weight_norm(self.last_layer.weight_v, self.last_layer.weight_g)
@@ -366,25 +370,13 @@ def sinkhorn_knopp(logits, temp, n_iters=3):
         q /= q.sum(1, keepdim=True)
     return q
 
-class MovingAverage(nn.Module):
-    """DINO's centering: softmax((logits - center) / temp), the center a running mean of logits,
-    which is updated after the step, if that counts."""
-
-    def __init__(self, prototypes, momentum=0.9):
-        super().__init__()
-        self.momentum = momentum
-        self.register_buffer("center", torch.zeros(1, prototypes))
-
-    def forward(self, logits, temp):
-        """Teacher logits [R, K] to targets [R, K]; and the logits' mean over all rows, [1, K]."""
-        logits = widen(logits)
-        rows = all_reduce(logits.new_tensor(float(len(logits))))
-        mean = all_reduce(logits.sum(0, keepdim=True)) / rows.clamp_min(1)
-        return F.softmax((logits - self.center) / temp, dim=-1), mean
-
-    @torch.no_grad()
-    def update(self, mean):
-        self.center.lerp_(mean.to(self.center.dtype), 1 - self.momentum)
+def moving_average(logits, temp, center):
+    """Teacher logits [R, K] to targets [R, K], DINO's: softmax((logits - center) / temp). And the
+    mean of the rows of all processes, [1, K], towards which the center moves after the step."""
+    logits = widen(logits)
+    rows = all_reduce(logits.new_tensor(float(len(logits))))
+    mean = all_reduce(logits.sum(0, keepdim=True)) / rows.clamp_min(1)
+    return F.softmax((logits - center) / temp, dim=-1), mean
 
 # ----------------------------------------
 # Losses. Two are cross-entropies between the teacher's targets t and the student's softmax,
@@ -404,14 +396,12 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, prototypes, targets, weights, temp):  # [R, D], [K, D], [R, K], [R], float
-        device, dtype = x.device.type, x.dtype
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-        some = max(2**24 // len(prototypes), 1)  # 64 MB
-        loss, grad_x, grad_p = x.new_zeros(()), torch.zeros_like(x), torch.zeros_like(prototypes)
+        dtype = (x[:0] @ prototypes[:0].T).dtype  # autocast's, where it is on
         p, half_x = prototypes.to(dtype), x.to(dtype)  # once, not for each few rows
-        size = (weights.sum() / max(len(x), 1)).clamp_min(1e-30)
-        weighted = (x * (weights / size)[:, None]).to(dtype)
+        mean = (weights.sum() / max(len(x), 1)).clamp_min(1e-30)
+        weighted = (x * (weights / mean)[:, None]).to(dtype)
+        loss, grad_x, grad_p = x.new_zeros(()), torch.zeros_like(x), torch.zeros_like(prototypes)
+        some = max(2**24 // len(prototypes), 1)  # rows, whose logits take 64 MB
         for first in range(0, len(x), some):
             rows = slice(first, first + some)
             t = targets[rows].to(x.dtype)
@@ -420,7 +410,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             error = (log_q.exp_() * t.sum(1, keepdim=True)).sub_(t).to(dtype)  # d loss / d logits
             grad_x[rows] = error @ p
             grad_p += error.T @ weighted[rows]
-        ctx.save_for_backward(grad_x * (weights / temp)[:, None], grad_p.mul_(size / temp))
+        ctx.save_for_backward(grad_x * (weights / temp)[:, None], grad_p.mul_(mean / temp))
         return loss
 
     @staticmethod
@@ -462,17 +452,18 @@ def koleo_loss(x, eps=1e-8):
 # One training step: the teacher looks at a batch and gives targets; the student looks at it, a
 # micro-batch at a time, and gives losses. All tensors have the images first.
 
-def micro_batches(global_views, local_views, masks, parts, device, dtype):
+def split_batch(global_views, local_views, masks, parts, device, dtype):
     """uint8 views [B, G, 3, H, W] and [B, L, 3, h, w], masks bool [B, G, N], to micro-batches on
     the device: views, masks, index of masked patches and their weights [M]. Patches are counted
     here, on the CPU: on a GPU to count is to wait."""
-    result = []
+    micro_batches = []
     for views, small, mask in zip(*(t.chunk(parts) for t in (global_views, local_views, masks))):
         index = mask.flatten().nonzero().squeeze(1)  # into B * G * N
         weights = (1 / mask.sum(2, keepdim=True).clamp_min(1)).expand_as(mask)[mask]
         moved = [t.to(device, non_blocking=True) for t in (mask, index, weights.to(dtype))]
-        result.append((normalise(views, device, dtype), normalise(small, device, dtype), *moved))
-    return result
+        views, small = (normalise(t, device, dtype) for t in (views, small))
+        micro_batches.append((views, small, *moved))
+    return micro_batches
 
 class DINO(nn.Module):
     """Student and teacher, each a backbone with a head (two with separate_heads)."""
@@ -486,9 +477,10 @@ class DINO(nn.Module):
         self.student["backbone"].checkpoint_activations = cfg.checkpoint_activations
         self.teacher = self.network(drop_path=0.0).requires_grad_(False)
         self.teacher.load_state_dict(self.student.state_dict())
-        self.centers = nn.ModuleDict()
+        self.centers = nn.ParameterDict()
         if cfg.centering == "moving-average":  # class and patch tokens have different means
-            self.centers.update({kind: MovingAverage(cfg.prototypes) for kind in ("cls", "patch")})
+            self.centers.update({kind: torch.zeros(1, cfg.prototypes) for kind in ("cls", "patch")})
+        self.centers.requires_grad_(False)
 
     def network(self, drop_path):
         cfg, sizes = self.cfg, HEAD_SIZES.get(self.cfg.arch, {})
@@ -500,15 +492,15 @@ class DINO(nn.Module):
     def targets(self, logits, temp, kind):
         """Teacher logits [R, K] to targets [R, K]; and their mean, or None."""
         if self.centers:
-            return self.centers[kind](logits, temp)
+            return moving_average(logits, temp, self.centers[kind])
         return sinkhorn_knopp(logits, temp), None
 
     @torch.no_grad()
-    def teacher_targets(self, batch, temp):
+    def teacher_targets(self, micro_batches, temp):
         """For each micro-batch the targets of class tokens [B, G, K] and masked patches [M, K],
-        balanced over the whole batch; and what the loop watches."""
+        balanced over the whole batch; and what the loop watches, and needs for the centers."""
         cls, patches = [], []
-        for global_views, _, _, index, _ in batch:
+        for global_views, _, _, index, _ in micro_batches:
             tokens, all_patches = self.teacher["backbone"].forward_features(
                 global_views.flatten(0, 1))
             cls.append(tokens.unflatten(0, global_views.shape[:2]))  # [B, G, D]
@@ -519,14 +511,13 @@ class DINO(nn.Module):
         patch_logits = self.teacher[self.patch_head](torch.cat(patches))
         patch_targets, patch_mean = self.targets(patch_logits, temp, "patch")
         entropy = torch.special.entr(F.softmax(widen(logits) / temp, dim=1)).sum(1).mean()
-        seen = {"cls": tokens, "nearest": logits.argmax(1), "entropy": entropy,
-                "means": (mean, patch_mean)}
+        seen = {"cls": tokens, "entropy": entropy, "means": (mean, patch_mean)}
         targets = targets.unflatten(0, tokens.shape[:2]).split([len(c) for c in cls])
         return list(zip(targets, patch_targets.split([len(p) for p in patches]))), seen
 
     def forward(self, global_views, local_views, masks, index, weights, targets, patch_targets):
         """The student's losses on a micro-batch, by name; their sum is minimised. A new loss is a
-        function and a line here. Shapes: see micro_batches and teacher_targets."""
+        function and a line here. Shapes: see split_batch and teacher_targets."""
         backbone, (B, G), L = self.student["backbone"], masks.shape[:2], local_views.shape[1]
         cls, patches = backbone.forward_features(global_views.flatten(0, 1), masks.flatten(0, 1))
         cls, patches = cls.unflatten(0, (B, G)), patches.flatten(0, 1)[index]  # [B, G, D], [M, D]
@@ -547,23 +538,22 @@ class DINO(nn.Module):
         teacher, student = list(self.teacher.parameters()), list(self.student.parameters())
         torch._foreach_lerp_(teacher, student, 1 - momentum)
         for center, mean in zip(self.centers.values(), means):
-            center.update(mean)
+            center.lerp_(mean.to(center.dtype), 1 - 0.9)  # 0.9: DINO
 
-def train_step(parallel, batch, temp, autocast, scaler):
+def train_step(parallel, micro_batches, temp, autocast, scaler):
     """Leaves gradients in the student; returns its losses and what the teacher saw. parallel: DINO,
-    or DistributedDataParallel around it; batch: micro-batches."""
-    model = getattr(parallel, "module", parallel)
+    or DistributedDataParallel around it."""
+    model, parts, total = getattr(parallel, "module", parallel), len(micro_batches), {}
     with autocast:
-        targets, seen = model.teacher_targets(batch, temp)
-    total = {}
-    for number, (micro_batch, answers) in enumerate(zip(batch, targets), 1):
-        alone = parallel is not model and number < len(batch)  # gradients are exchanged at the last
+        targets, seen = model.teacher_targets(micro_batches, temp)
+    for number, (micro_batch, answers) in enumerate(zip(micro_batches, targets), 1):
+        alone = parallel is not model and number < parts  # gradients are exchanged at the last
         with parallel.no_sync() if alone else nullcontext():
             with autocast:
                 losses = parallel(*micro_batch, *answers)
-            scaler.scale(sum(losses.values()) / len(batch)).backward()
+            scaler.scale(sum(losses.values()) / parts).backward()
         for name, value in losses.items():
-            total[name] = total.get(name, 0) + value.detach() / len(batch)
+            total[name] = total.get(name, 0) + value.detach() / parts
     return total, seen
 
 # ----------------------------------------
@@ -603,6 +593,7 @@ def make_optimizer(student):
     return torch.optim.AdamW(list(groups.values()), betas=(0.9, 0.999), fused=fused)
 
 def apply_schedules(optimizer, now):
+    """Sets rates and weight decay of all groups to those of `schedules`."""
     for group in optimizer.param_groups:
         group["lr"] = group["rate"] * now[group["follows"]]
         group["weight_decay"] = now["weight_decay"] if group["decay"] else 0.0
@@ -620,7 +611,7 @@ def train(cfg, monitor=None):
 def train_in(out, cfg, monitor, at_end):
     # --- processes, data, networks, optimiser
     device, dtype = choose_device(cfg)
-    gpu, (rank, world) = device.type == "cuda", start_processes(device)
+    rank, world = start_processes(device)
     if cfg.batch_size % (world * cfg.accumulate):
         raise UserError(f"--batch-size {cfg.batch_size}: choose a multiple of {world} processes x "
                         f"--accumulate {cfg.accumulate}")
@@ -636,20 +627,21 @@ def train_in(out, cfg, monitor, at_end):
     autocast = torch.autocast(device.type, dtype, enabled=dtype.itemsize == 2)
     parts = dict(student=model.student, teacher=model.teacher, centers=model.centers,
                  optimizer=optimizer, scaler=scaler)
-    of_run = dict(files=checksum, processes=world)
-    step, note = go_on(cfg, parts, of_run)
-    seen = torch.tensor([step, checksum], device=device)
-    if not torch.equal(all_reduce(seen.clone(), dist.ReduceOp.MAX), seen):
+    about = dict(images=checksum, processes=world)
+    step, note = go_on(cfg, parts, about)
+    if cfg.init and step == 0:  # RedDino: from DINOv2's weights; the heads are new
+        note = load_weights(student, read_backbone(cfg.init), cfg.init)
+        teacher.load_state_dict(student.state_dict())
+    mine = torch.tensor([step, checksum], device=device)
+    if not torch.equal(all_reduce(mine.clone(), dist.ReduceOp.MAX), mine):
         raise UserError("--data, --out: processes see different images or checkpoints")
-    if cfg.compile or (cfg.compile is None and gpu):
+    if cfg.compile or (cfg.compile is None and device.type == "cuda"):
         for block in [*student.blocks, *teacher.blocks]:  # by block: seconds
             block.compile()
     parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
 
-    # --- files, loading processes, signals
-    if rank == 0 and step == 0:
-        (out / "skipped.txt").unlink(missing_ok=True)
-    metrics = open_metrics(out / "metrics.jsonl", step) if rank == 0 else open(os.devnull, "w")
+    # --- log, checkpoints, loading processes, signals
+    log = open_metrics(out, step) if rank == 0 else open(os.devnull, "w")
 
     def say(*lines):
         if rank == 0 and any(lines):
@@ -657,11 +649,8 @@ def train_in(out, cfg, monitor, at_end):
 
     def save():
         if rank == 0:
-            os.fsync(metrics.fileno())
-            config = {name: v for name, v in vars(cfg).items() if name not in MAY_CHANGE}
-            state = {name: part.state_dict() for name, part in parts.items()}
-            state |= of_run | dict(config=config, step=step)
-            write_aside(out / "checkpoint.pth", state, keep=out / "previous.pth")
+            os.fsync(log.fileno())
+            save_checkpoint(cfg, parts, about | {"step": step})
 
     def save_the_rest(why, *_):  # data end, nobody reads the log any more, a signal came
         if step and why in (UserError, BrokenPipeError, SystemExit):
@@ -669,12 +658,13 @@ def train_in(out, cfg, monitor, at_end):
 
     say(f"{cfg.arch} on {len(tiles)} {cfg.unit} of {len(tiles.files)} images; {world} x "
         f"{device.type}, {dtype}", *tiles.notes, note)
+    gpu = device.type == "cuda"
     workers = min(cores(), 16 if gpu else 1) if cfg.workers < 0 else cfg.workers
-    loader = batches(cfg, tiles, step, student.patch_size, rank, world, workers, gpu)
-    caught = interrupts(at_end)
+    loader = batches(cfg, tiles, step, student.patch_size, rank, world, workers, pin=gpu)
+    caught = catch_signals(at_end)
     at_end.callback(loader.close)
     at_end.push(save_the_rest)  # the first to be done, signals the last
-    last = deque(maxlen=-(-1024 * world // cfg.batch_size))  # batches that hold 1,024 images
+    last = deque(maxlen=1024)  # class tokens [G, D] of as many images
     faults, bad_in_a_row, began, since, waited = tiles.skipped, 0, step, time.monotonic(), 0.0
     while step < cfg.iters:
         # --- a batch; None as long as there is none
@@ -692,9 +682,9 @@ def train_in(out, cfg, monitor, at_end):
         now = schedules(cfg, step)
         apply_schedules(optimizer, now)
         torch.manual_seed(int(np.random.default_rng((cfg.seed, step, rank, 3)).integers(2**62)))
-        micro = micro_batches(*views_and_masks, cfg.accumulate, device, floats)
+        micro_batches = split_batch(*views_and_masks, cfg.accumulate, device, floats)
         optimizer.zero_grad(set_to_none=True)
-        losses, seen = train_step(parallel, micro, now["teacher_temp"], autocast, scaler)
+        losses, seen = train_step(parallel, micro_batches, now["teacher_temp"], autocast, scaler)
         scaler.unscale_(optimizer)
         norms = {f"grad_{name[:4]}": nn.utils.clip_grad_norm_(part.parameters(), 3.0)  # DINOv2
                  for name, part in model.student.items()}
@@ -711,7 +701,7 @@ def train_in(out, cfg, monitor, at_end):
         if finite:
             scaler.step(optimizer)
             model.update_teacher(now["momentum"], seen["means"])
-            last.append((seen["cls"], seen["nearest"]))
+            last.extend(seen["cls"])
             bad_in_a_row = 0
         else:
             bad = sorted({repr(tiles.file_of(i)) for i in indices})
@@ -721,22 +711,22 @@ def train_in(out, cfg, monitor, at_end):
                 bad_in_a_row += 1  # else float16 looks for its scale
         scaler.update()
 
-        # --- write down
-        line = {"step": step, **now, "skipped": not finite}  # the first step is 0
+        # --- write down; steps are numbered from 0 in metrics.jsonl, and counted in words
+        line = {"step": step, **now, "skipped": not finite}
         step += 1
         end = stop or bad_in_a_row == 3 or step == cfg.iters
-        log, keep = step % cfg.log_every == 0 or end, step % cfg.save_every == 0 or end
-        if log and last:
+        tell, keep = step % cfg.log_every == 0 or end, step % cfg.save_every == 0 or end
+        if tell:
             numbers |= watch(last)
         if monitor and keep and finite and not stop:
             numbers |= monitor(teacher, device)
         line = {k: v if math.isfinite(v) else None for k, v in (line | numbers).items()}
-        print(json.dumps(line), file=metrics, flush=True)  # JSON has no NaN
-        if log:
+        print(json.dumps(line), file=log, flush=True)  # JSON has no NaN
+        if tell:
             seconds = time.monotonic() - since
             rate = (step - began) / seconds
             told = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
-            say(list_skipped(out / "skipped.txt", faults, len(tiles.files) + len(tiles.skipped)),
+            say(list_skipped(out / "skipped.txt", faults),
                 f"step {step}/{cfg.iters}  {told}  {rate * cfg.batch_size:.1f} images/s, "
                 f"{waited / seconds:.0%} waiting for them  {(cfg.iters - step) / rate:.0f} s left",
                 collapse(numbers, cfg.prototypes))
@@ -775,23 +765,21 @@ def effective_rank(features):
     return float(torch.exp(-(p * p.log()).sum()))
 
 def watch(last):
-    """From (class tokens [B, G, D], nearest prototypes) of batches; {} below 1,024 images. std:
-    spread on the unit sphere. in_use: prototypes that some view is nearest to. match: how often a
+    """From class tokens [G, D] of 1,024 images. std: spread on the unit sphere. match: how often a
     view's nearest among second views of 64 images is that of its own; by chance 1/64."""
-    cls = torch.cat([cls for cls, _ in last])[-1024:].float()  # [1024, G, D]
-    if len(cls) < 1024:
+    if len(last) < 1024:
         return {}
+    cls = torch.stack([*last]).float()  # [1024, G, D]
     x = F.normalize(cls, dim=2)
     first, second = x[:, 0].unflatten(0, (16, 64)), x[:, 1].unflatten(0, (16, 64))
     found = (first @ second.transpose(1, 2)).argmax(2)  # [16, 64]
     match = (found == torch.arange(64, device=x.device)).float().mean()
-    in_use = torch.cat([nearest for _, nearest in last]).unique()
-    return {"rank": effective_rank(cls.flatten(0, 1)), "in_use": len(in_use),
-            "std": float(x.flatten(0, 1).std(0).norm()), "match": float(match)}
+    return {"rank": effective_rank(cls.flatten(0, 1)), "match": float(match),
+            "std": float(x.flatten(0, 1).std(0).norm())}
 
-def collapse(numbers, prototypes):
+def collapse(numbers, K):
     """A warning: class tokens all but one and the same, or a teacher without an opinion."""
-    no_opinion = numbers["teacher_entropy"] > 0.999 * math.log(prototypes)
+    no_opinion = numbers["teacher_entropy"] > 0.999 * math.log(K)
     if "rank" in numbers and (numbers["rank"] < 2 or numbers["std"] < 0.01 or no_opinion):
         return "WARNING: the teacher has collapsed; see the README, 'Signs of collapse'"
     return ""
@@ -820,13 +808,19 @@ def write_aside(path, state, keep=None):
         path.replace(keep)
     aside.replace(path)
 
+def save_checkpoint(cfg, parts, about):
+    """OUT/checkpoint.pth: the states of parts; about: the step, and what else is to be known."""
+    config = {name: value for name, value in vars(cfg).items() if name not in MAY_CHANGE}
+    state = {name: part.state_dict() for name, part in parts.items()} | about | {"config": config}
+    write_aside(Path(cfg.out, "checkpoint.pth"), state, keep=Path(cfg.out, "previous.pth"))
+
 def load_checkpoint(path, cfg, parts):
     """Fills parts from a checkpoint of this run; raises whatever is wrong with it."""
-    saved, now = load_file(path), vars(cfg)
-    was = vars(Config()) | saved["config"]
-    changed = [name for name in now if name not in MAY_CHANGE and now[name] != was[name]]
+    saved = load_file(path)
+    changed = [f"{flag_of(name)} was {value}" for name, value in saved["config"].items()
+               if getattr(cfg, name) != value]
     if changed:
-        raise UserError("another run: " + ", ".join(f"{flag_of(n)} was {was[n]}" for n in changed))
+        raise UserError("another run: " + ", ".join(changed))
     for name, part in parts.items():
         if saved[name] or name != "scaler":  # one that is off has nothing to load
             part.load_state_dict(saved[name])
@@ -835,9 +829,9 @@ def load_checkpoint(path, cfg, parts):
             raise UserError("optimiser of another shape")  # AdamW would write past its end
     return saved
 
-def go_on(cfg, parts, of_run):
-    """Fills parts from the newest readable checkpoint or --init: the step to begin with, and a line
-    about it. Raises UserError."""
+def go_on(cfg, parts, about):
+    """Fills parts from the newest readable checkpoint: the step to begin with, and a line about it.
+    UserError if there are some, and none is."""
     newest, said = Path(cfg.out, "checkpoint.pth"), ""
     for path in filter(Path.exists, (newest, newest.with_name("previous.pth"))):
         try:
@@ -847,16 +841,12 @@ def go_on(cfg, parts, of_run):
             continue
         if path != newest and newest.exists():  # or it would take the good one's place
             newest.replace(newest.with_name("broken.pth"))
-        if saved | of_run != saved:
+        if saved | about != saved:
             said += "other images or processes: not bit for bit the uninterrupted run; "
         return saved["step"], f"{said}{path}: going on at step {saved['step']}"
     if said:
         raise UserError(said + "choose another --out; --init starts from its weights")
-    if cfg.init:  # RedDino: from DINOv2's weights, student and teacher alike; the heads are new
-        state = read_backbone(cfg.init)
-        for network in (parts["student"], parts["teacher"]):
-            said = load_weights(network["backbone"], state, cfg.init)
-    return 0, said
+    return 0, ""
 
 def lock(out):
     """Makes OUT, and keeps it for this process until the returned lock is released."""
@@ -866,27 +856,26 @@ def lock(out):
     except Timeout:
         raise UserError(f"--out {out}: another run writes there; choose another") from None
 
-def open_metrics(path, start):
+def open_metrics(out, start):
     """metrics.jsonl, open for steps from `start` on. Lines of these steps, which are done again,
-    and broken lines go."""
+    and broken lines go. At 0 the list of unreadable files begins anew, too."""
+    path, new = out / "metrics.jsonl", out / "metrics.new"
+    if start == 0:
+        (out / "skipped.txt").unlink(missing_ok=True)
     lines = path.read_bytes().splitlines() if path.exists() else []
     steps = [(re.match(rb'{"step": (\d+),.*}$', line), line) for line in lines]
-    kept = [line + b"\n" for step, line in steps if step and int(step[1]) < start]
-    path.with_suffix(".new").write_bytes(b"".join(kept))
-    return open(path.with_suffix(".new").replace(path), "a")
+    new.write_bytes(b"".join(line + b"\n" for step, line in steps if step and int(step[1]) < start))
+    return open(new.replace(path), "a")
 
-def list_skipped(path, faults, files):
-    """Lists unreadable files, {path: reason}, each once; says so. UserError when they are most."""
+def list_skipped(path, faults):
+    """Lists unreadable files, {path: reason}, each once; says so."""
     listed = path.read_text("utf-8").splitlines() if path.exists() else []
     new = sorted({str(BadImage(*fault)) for fault in faults.items()} - set(listed))
     if not new:
         return ""
     with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines(line + "\n" for line in new)
-    said = f"{len(listed + new)} files can't be read, {path} lists them; e.g. {new[0]}"
-    if len(listed + new) > files / 2:
-        raise UserError(f"more than half: {said}")
-    return said
+    return f"{len(listed + new)} files can't be read, {path} lists them; e.g. {new[0]}"
 
 # ----------------------------------------
 # Weights from elsewhere. Whatever layout a ViT was published in, it ends as a state dict under
@@ -1037,20 +1026,13 @@ def leave_processes():
         dist.destroy_process_group()
     gc.collect()  # DistributedDataParallel refers to itself
 
-def interrupts(at_end):
-    """A list of the signals that came: the step in hand is finished. Another, after 2 s, exits at
-    once (before that it's an echo: torchrun passes on what all got)."""
-    caught, since = [], []
-
-    def note(which, _):
-        caught.append(which)
-        since.append(time.monotonic())
-        if since[-1] - since[0] > 2:
-            os._exit(128 + which)
-
+def catch_signals(at_end):
+    """A list of the signals that came. None ends the process: the step in hand is finished."""
+    caught = []
     for which in signal.Signals:
         if which.name in ("SIGTERM", "SIGINT", "SIGHUP"):
-            at_end.callback(signal.signal, which, signal.signal(which, note))
+            before = signal.signal(which, lambda which, _: caught.append(which))
+            at_end.callback(signal.signal, which, before)
     return caught
 
 # ----------------------------------------
