@@ -86,13 +86,11 @@ class Config:
     koleo: float = opt(0.0, "weight of KoLeo (DINOv2: 0.1; RedDino takes it out)")
     ibot: float = opt(1.0, "weight of the patch-token loss (DINOv2)")
     teacher_temp: float = opt(0.07, "the teacher's, at first at most 0.04 (DINO)", low=1e-6)
-    teacher_temp_warmup: float = opt(3.0, "share of the run (RedDino: 30 epochs of 10; "
-                                          "DINOv2: 0.3, 0.06)")
+    teacher_temp_warmup: float = opt(3.0, "share of the run (RedDino; DINOv2: 0.3, long: 0.06)")
     # the optimiser
     iters: int = opt(19500, "optimiser steps (RedDino S: 10 x 1,950)", low=1)
     batch_size: int = opt(560, "images a step, over all processes (RedDino S: 2 GPUs x 280)", low=1)
-    accumulate: int = opt(1, "micro-batches a step: less memory, same result (but KoLeo's, nano's)",
-                          low=1)
+    accumulate: int = opt(1, "micro-batches a step: less memory, the same result", low=1)
     lr: float = opt(2e-4, "peak, at batch 1024; scaled by a square root (RedDino, DINOv2 long)")
     warmup: float = opt(0.01, "share in which lr rises (RedDino; DINOv2: 0.1, 0.16)", high=1)
     weight_decay_end: float = opt(0.2, "after 0.04 at first (RedDino, DINOv2 long; short: 0.4)")
@@ -599,101 +597,46 @@ def apply_schedules(optimizer, now):
         group["weight_decay"] = now["weight_decay"] if group["decay"] else 0.0
 
 # ----------------------------------------
-# The loop.
+# The loop. What it works with (networks, optimiser, data, log) is in `run`, made further down.
 
 def train(cfg, monitor=None):
     """Returns OUT/backbone.pth, the teacher's backbone. monitor(backbone, device): numbers by name,
     asked at each checkpoint in every process. Raises UserError or OSError for what the user can
     mend, SystemExit(128 + signal) after a signal."""
-    with ExitStack() as at_end:  # what has to be done however the run ends
-        return train_in(Path(cfg.out), cfg, monitor, at_end)
+    with ExitStack() as at_end:
+        run = Run(cfg, at_end)
+        try:
+            train_steps(cfg, run, monitor)
+        except (UserError, BrokenPipeError, SystemExit):  # data end, nobody reads the log, a signal
+            run.save()
+            raise
+        weights = run.out / "backbone.pth"
+        if run.rank == 0:
+            write_aside(weights, run.model.teacher["backbone"].state_dict())
+        run.say(f"done: {weights} holds the teacher's backbone")
+        return weights
 
-def train_in(out, cfg, monitor, at_end):
-    # --- processes, data, networks, optimiser
-    device, dtype = choose_device(cfg)
-    rank, world = start_processes(device)
-    if cfg.batch_size % (world * cfg.accumulate):
-        raise UserError(f"--batch-size {cfg.batch_size}: choose a multiple of {world} processes x "
-                        f"--accumulate {cfg.accumulate}")
-    if rank == 0:
-        at_end.enter_context(lock(out))
-    tiles, checksum = find_tiles(cfg)
-    floats = torch.float64 if dtype == torch.float64 else torch.float32  # of parameters
-    torch.manual_seed(cfg.seed)
-    model = DINO(cfg).to(device, floats)  # nothing in it tells training from eval but drop path
-    student, teacher = model.student["backbone"], model.teacher["backbone"]
-    optimizer = make_optimizer(model.student)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype.itemsize == 2)
-    parts = dict(student=model.student, teacher=model.teacher, centers=model.centers,
-                 optimizer=optimizer, scaler=scaler)
-    about = dict(images=checksum, processes=world)
-    step, note = go_on(cfg, parts, about)
-    if cfg.init and step == 0:  # RedDino: from DINOv2's weights; the heads are new
-        note = load_weights(student, read_backbone(cfg.init), cfg.init)
-        teacher.load_state_dict(student.state_dict())
-    mine = torch.tensor([step, checksum], device=device)
-    if not torch.equal(all_reduce(mine.clone(), dist.ReduceOp.MAX), mine):
-        raise UserError("--data, --out: processes see different images or checkpoints")
-    if cfg.compile or (cfg.compile is None and device.type == "cuda"):
-        for block in [*student.blocks, *teacher.blocks]:  # by block: seconds
-            block.compile()
-    parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-
-    # --- log, checkpoints, loading processes, signals
-    log = open_metrics(out, step) if rank == 0 else open(os.devnull, "w")
-
-    def say(*lines):
-        if rank == 0 and any(lines):
-            print(*filter(None, lines), sep="\n", flush=True)
-
-    def save():
-        if rank == 0:
-            os.fsync(log.fileno())
-            save_checkpoint(cfg, parts, about | {"step": step})
-
-    def save_the_rest(why, *_):  # data end, nobody reads the log any more, a signal came
-        if step and why in (UserError, BrokenPipeError, SystemExit):
-            save()
-
-    say(f"{cfg.arch} on {len(tiles)} {cfg.unit} of {len(tiles.files)} images; {world} x "
-        f"{device.type}, {dtype}", *tiles.notes, note)
-    gpu = device.type == "cuda"
-    workers = min(cores(), 16 if gpu else 1) if cfg.workers < 0 else cfg.workers
-    loader = batches(cfg, tiles, step, student.patch_size, rank, world, workers, pin=gpu)
-    caught = catch_signals(at_end)
-    at_end.callback(loader.close)
-    at_end.push(save_the_rest)  # the first to be done, signals the last
-    last = deque(maxlen=1024)  # class tokens [G, D] of as many images
-    faults, bad_in_a_row, began, since, waited = tiles.skipped, 0, step, time.monotonic(), 0.0
-    while step < cfg.iters:
-        # --- a batch; None as long as there is none
-        waiting = time.monotonic()
-        batch = next(loader)
-        waited += time.monotonic() - waiting
-        if batch is None and caught:
-            raise SystemExit(128 + caught[0])
-        if batch is None:
-            continue
-        *views_and_masks, indices, new_faults = batch
-        faults = faults | new_faults
-
+def train_steps(cfg, run, monitor):
+    model, optimizer, scaler, bad_in_a_row = run.model, run.optimizer, run.scaler, 0
+    for *views_and_masks, tile_numbers in run.batches():
         # --- forward and backward
-        now = schedules(cfg, step)
+        now = schedules(cfg, run.step)
         apply_schedules(optimizer, now)
-        torch.manual_seed(int(np.random.default_rng((cfg.seed, step, rank, 3)).integers(2**62)))
-        micro_batches = split_batch(*views_and_masks, cfg.accumulate, device, floats)
+        seeds = np.random.default_rng((cfg.seed, run.step, run.rank, 3))
+        torch.manual_seed(int(seeds.integers(2**62)))  # so that a resumed run goes on as it would
+        micro_batches = split_batch(*views_and_masks, cfg.accumulate, run.device, run.floats)
         optimizer.zero_grad(set_to_none=True)
-        losses, seen = train_step(parallel, micro_batches, now["teacher_temp"], autocast, scaler)
+        losses, seen = train_step(run.parallel, micro_batches, now["teacher_temp"], run.autocast,
+                                  scaler)
         scaler.unscale_(optimizer)
         norms = {f"grad_{name[:4]}": nn.utils.clip_grad_norm_(part.parameters(), 3.0)  # DINOv2
                  for name, part in model.student.items()}
 
         # --- the one exchange of numbers: means over processes, and whether any is to stop
         numbers = {"loss": sum(losses.values()), **losses, "teacher_entropy": seen["entropy"],
-                   **norms, "stop": len(caught)}
-        means = [torch.as_tensor(v, dtype=floats, device=device) for v in numbers.values()]
-        numbers = dict(zip(numbers, all_reduce(torch.stack(means)).div(world).tolist()))
+                   **norms, "stop": len(run.caught)}
+        means = [torch.as_tensor(v, dtype=run.floats, device=run.device) for v in numbers.values()]
+        numbers = dict(zip(numbers, all_reduce(torch.stack(means)).div(run.world).tolist()))
         stop = numbers.pop("stop") > 0
 
         # --- update, unless a number is not finite: then nothing of this step is kept
@@ -701,48 +644,168 @@ def train_in(out, cfg, monitor, at_end):
         if finite:
             scaler.step(optimizer)
             model.update_teacher(now["momentum"], seen["means"])
-            last.extend(seen["cls"])
+            run.last.extend(seen["cls"])
             bad_in_a_row = 0
         else:
-            bad = sorted({repr(tiles.file_of(i)) for i in indices})
-            print(f"process {rank}: step {step} skipped, a loss or gradient is not finite; files: "
-                  f"{', '.join(bad)}", flush=True)
+            files = sorted({repr(run.tiles.file_of(i)) for i in tile_numbers})
+            print(f"process {run.rank}: step {run.step} skipped, a loss or gradient is not finite; "
+                  f"files: {', '.join(files)}", flush=True)
             if scaler.get_scale() <= 1 or not math.isfinite(numbers["loss"]):
                 bad_in_a_row += 1  # else float16 looks for its scale
         scaler.update()
 
-        # --- write down; steps are numbered from 0 in metrics.jsonl, and counted in words
-        line = {"step": step, **now, "skipped": not finite}
-        step += 1
-        end = stop or bad_in_a_row == 3 or step == cfg.iters
-        tell, keep = step % cfg.log_every == 0 or end, step % cfg.save_every == 0 or end
-        if tell:
-            numbers |= watch(last)
+        # --- write down
+        run.step += 1
+        end = stop or bad_in_a_row == 3 or run.step == cfg.iters
+        keep = run.step % cfg.save_every == 0 or end
         if monitor and keep and finite and not stop:
-            numbers |= monitor(teacher, device)
-        line = {k: v if math.isfinite(v) else None for k, v in (line | numbers).items()}
-        print(json.dumps(line), file=log, flush=True)  # JSON has no NaN
-        if tell:
-            seconds = time.monotonic() - since
-            rate = (step - began) / seconds
-            told = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
-            say(list_skipped(out / "skipped.txt", faults),
-                f"step {step}/{cfg.iters}  {told}  {rate * cfg.batch_size:.1f} images/s, "
-                f"{waited / seconds:.0%} waiting for them  {(cfg.iters - step) / rate:.0f} s left",
-                collapse(numbers, cfg.prototypes))
-            began, since, waited, faults = step, time.monotonic(), 0.0, {}
+            numbers |= monitor(model.teacher["backbone"], run.device)
+        run.write_down(now, numbers, finite, tell=run.step % cfg.log_every == 0 or end)
         if bad_in_a_row == 3:
             raise UserError("three steps in a row were not finite, and count for nothing: look at "
                             "these files, lower --lr, try --dtype float32")
         if stop:
-            say(f"interrupted after step {step}; the same command goes on from there")
-            raise SystemExit(128 + (caught or [signal.SIGTERM])[0])
+            run.say(f"interrupted after step {run.step}; the same command goes on from there")
+            raise SystemExit(128 + (run.caught or [signal.SIGTERM])[0])
         if keep:
-            save()
-    if rank == 0:
-        write_aside(out / "backbone.pth", teacher.state_dict())
-    say(f"done: {out / 'backbone.pth'} holds the teacher's backbone")
-    return out / "backbone.pth"
+            run.save()
+
+# ----------------------------------------
+# A run: what it works with, its log and its checkpoints. It depends on what a checkpoint holds and
+# on nothing else: all randomness is a function of (seed, sample, epoch), see augment.py, or (seed,
+# step). So a resumed run is the uninterrupted one, on a CPU bit for bit.
+
+MAY_CHANGE = {"data", "out", "init", "workers", "device", "dtype", "compile", "eval_data",
+              "checkpoint_activations", "accumulate", "iters", "save_every", "log_every"}
+
+class Run:
+    """step: how many are done; caught: signals; last: class tokens [G, D] of 1,024 images. at_end:
+    an ExitStack, for what is to be done however the run ends."""
+
+    def __init__(self, cfg, at_end):
+        self.cfg, self.out = cfg, Path(cfg.out)
+        self.device, dtype = choose_device(cfg)
+        self.rank, self.world = start_processes(self.device)
+        if cfg.batch_size % (self.world * cfg.accumulate):
+            raise UserError(f"--batch-size {cfg.batch_size}: choose a multiple of {self.world} "
+                            f"processes x --accumulate {cfg.accumulate}")
+        if self.rank == 0:
+            at_end.enter_context(lock(self.out))
+        self.tiles, checksum = find_tiles(cfg)
+        self.floats = torch.float64 if dtype == torch.float64 else torch.float32  # of parameters
+        torch.manual_seed(cfg.seed)
+        self.model = DINO(cfg).to(self.device, self.floats)
+        self.optimizer = make_optimizer(self.model.student)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
+        self.autocast = torch.autocast(self.device.type, dtype, enabled=dtype.itemsize == 2)
+        self.parts = dict(student=self.model.student, teacher=self.model.teacher,
+                          centers=self.model.centers, optimizer=self.optimizer, scaler=self.scaler)
+        self.about = dict(images=checksum, processes=self.world)
+        self.step, note = self.go_on()
+        student, teacher = self.model.student["backbone"], self.model.teacher["backbone"]
+        if cfg.init and self.step == 0:  # RedDino: from DINOv2's weights; the heads are new
+            note = load_weights(student, read_backbone(cfg.init), cfg.init)
+            teacher.load_state_dict(student.state_dict())
+        mine = torch.tensor([self.step, checksum], device=self.device)
+        if not torch.equal(all_reduce(mine.clone(), dist.ReduceOp.MAX), mine):
+            raise UserError("--data, --out: processes see different images or checkpoints")
+        gpu = self.device.type == "cuda"
+        if cfg.compile or (cfg.compile is None and gpu):
+            for block in [*student.blocks, *teacher.blocks]:  # by block: seconds
+                block.compile()
+        self.parallel = self.model
+        if self.world > 1:
+            self.parallel = nn.parallel.DistributedDataParallel(self.model)
+
+        self.log = open_metrics(self.out, self.step) if self.rank == 0 else open(os.devnull, "w")
+        self.say(f"{cfg.arch} on {len(self.tiles)} {cfg.unit} of {len(self.tiles.files)} images; "
+                 f"{self.world} x {self.device.type}, {dtype}", *self.tiles.notes, note)
+        workers = min(cores(), 16 if gpu else 1) if cfg.workers < 0 else cfg.workers
+        self.loader = batches(cfg, self.tiles, self.step, student.patch_size, self.rank,
+                              self.world, workers, pin=gpu)
+        self.caught = catch_signals(at_end)
+        at_end.callback(self.loader.close)
+        self.last, self.faults = deque(maxlen=1024), dict(self.tiles.skipped)
+        self.began, self.since, self.waited = self.step, time.monotonic(), 0.0
+
+    def batches(self):
+        """Views, masks and tiles' numbers of each step that is left."""
+        began = time.monotonic()
+        for batch in self.loader:
+            self.waited += time.monotonic() - began
+            if batch is not None:
+                *batch, faults = batch
+                self.faults |= faults
+                yield batch
+            elif self.caught:
+                raise SystemExit(128 + self.caught[0])
+            began = time.monotonic()
+
+    def say(self, *lines):
+        if self.rank == 0 and any(lines):
+            print(*filter(None, lines), sep="\n", flush=True)
+
+    def write_down(self, now, numbers, finite, tell):
+        """A line of metrics.jsonl, with the step's number from 0; if tell, one to read, with the
+        steps done."""
+        if tell:
+            numbers |= watch(self.last)
+        line = {"step": self.step - 1, **now, "skipped": not finite, **numbers}
+        line = {k: v if math.isfinite(v) else None for k, v in line.items()}  # JSON has no NaN
+        print(json.dumps(line), file=self.log, flush=True)
+        if tell:
+            seconds = time.monotonic() - self.since
+            rate = (self.step - self.began) / seconds
+            told = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+            self.say(list_skipped(self.out / "skipped.txt", self.faults),
+                     f"step {self.step}/{self.cfg.iters}  {told}  "
+                     f"{rate * self.cfg.batch_size:.1f} images/s, {self.waited / seconds:.0%} "
+                     f"waiting for them  {(self.cfg.iters - self.step) / rate:.0f} s left",
+                     collapse(numbers, self.cfg.prototypes))
+            self.began, self.since, self.waited = self.step, time.monotonic(), 0.0
+
+    def save(self):
+        """OUT/checkpoint.pth; the one before becomes previous.pth."""
+        if self.rank > 0 or self.step == 0:
+            return
+        os.fsync(self.log.fileno())
+        config = {name: v for name, v in vars(self.cfg).items() if name not in MAY_CHANGE}
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= self.about | dict(config=config, step=self.step)
+        write_aside(self.out / "checkpoint.pth", state, keep=self.out / "previous.pth")
+
+    def load(self, path):
+        """Raises whatever is wrong with the checkpoint."""
+        saved = load_file(path)
+        changed = [f"{flag_of(name)} was {value}" for name, value in saved["config"].items()
+                   if getattr(self.cfg, name) != value]
+        if changed:
+            raise UserError("another run: " + ", ".join(changed))
+        for name, part in self.parts.items():
+            if saved[name] or name != "scaler":  # one that is off has nothing to load
+                part.load_state_dict(saved[name])
+        for p, state in self.optimizer.state.items():
+            if not p.shape == state["exp_avg"].shape == state["exp_avg_sq"].shape:
+                raise UserError("optimiser of another shape")  # AdamW would write past its end
+        return saved
+
+    def go_on(self):
+        """Loads the newest readable checkpoint: its step, and a line about it."""
+        newest, said = self.out / "checkpoint.pth", ""
+        for path in filter(Path.exists, (newest, self.out / "previous.pth")):
+            try:
+                saved = self.load(path)
+            except Exception as error:  # a different type for each way in which it can be wrong
+                said += f"{path}: can't go on from it ({error}); "
+                continue
+            if path != newest and newest.exists():  # or it would take the good one's place
+                newest.replace(self.out / "broken.pth")
+            if saved | self.about != saved:
+                said += "other images or processes: not bit for bit the uninterrupted run; "
+            return saved["step"], f"{said}{path}: going on at step {saved['step']}"
+        if said:
+            raise UserError(said + "choose another --out; --init starts from its weights")
+        return 0, ""
 
 def find_tiles(cfg):
     """The tiles of --data, and a checksum of their images' names and sizes."""
@@ -753,6 +816,50 @@ def find_tiles(cfg):
         raise UserError(f"{len(tiles)} {cfg.unit} are fewer than --batch-size {cfg.batch_size}")
     names = [os.path.basename(path) for path in tiles.files], tiles.sizes.tolist(), len(tiles)
     return tiles, zlib.crc32(repr(names).encode("utf-8", "replace"))
+
+def lock(out):
+    """Keeps OUT for this process until the returned lock is released."""
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        return FileLock(out / "lock").acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"--out {out}: another run writes there; choose another") from None
+
+def write_aside(path, state, keep=None):
+    """torch.save into a new file, then renamed over path (which becomes keep): whatever happens, a
+    whole file is there. Raises OSError."""
+    aside = path.with_name(path.name + ".new")
+    try:
+        with open(aside, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch wraps the system's error in its own
+        aside.unlink(missing_ok=True)
+        raise OSError(f"can't write {path} ({error})") from None
+    if keep and path.exists():
+        path.replace(keep)
+    aside.replace(path)
+
+def open_metrics(out, start):
+    """metrics.jsonl, without broken lines and those of steps that are done again."""
+    path, new = out / "metrics.jsonl", out / "metrics.new"
+    if start == 0:
+        (out / "skipped.txt").unlink(missing_ok=True)
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    steps = [(re.match(rb'{"step": (\d+),.*}$', line), line) for line in lines]
+    new.write_bytes(b"".join(line + b"\n" for step, line in steps if step and int(step[1]) < start))
+    return open(new.replace(path), "a")
+
+def list_skipped(path, faults):
+    """Lists unreadable files, {path: reason}, each once; what to say of it."""
+    listed = path.read_text("utf-8").splitlines() if path.exists() else []
+    new = sorted({str(BadImage(*fault)) for fault in faults.items()} - set(listed))
+    if not new:
+        return ""
+    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
+        file.writelines(line + "\n" for line in new)
+    return f"{len(listed + new)} files can't be read, {path} lists them; e.g. {new[0]}"
 
 # ----------------------------------------
 # Signs of learning and of collapse.
@@ -785,99 +892,6 @@ def collapse(numbers, K):
     return ""
 
 # ----------------------------------------
-# Checkpoints. A run's future depends on the networks, the optimiser, the scaler and the step, and
-# on nothing else: all randomness is a function of (seed, sample, epoch) or (seed, step), see
-# augment.py. So a resumed run is the uninterrupted one, on a CPU bit for bit.
-
-MAY_CHANGE = {"data", "out", "init", "workers", "device", "dtype", "compile", "eval_data",
-              "checkpoint_activations", "accumulate", "iters", "save_every", "log_every"}
-
-def write_aside(path, state, keep=None):
-    """torch.save into a new file, then renamed over path (which becomes keep): whatever happens, an
-    old file or the new one is there, whole. Raises OSError."""
-    aside = path.with_name(path.name + ".new")
-    try:
-        with open(aside, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:  # torch wraps the system's error in its own
-        aside.unlink(missing_ok=True)
-        raise OSError(f"can't write {path} ({error})") from None
-    if keep and path.exists():
-        path.replace(keep)
-    aside.replace(path)
-
-def save_checkpoint(cfg, parts, about):
-    """OUT/checkpoint.pth: the states of parts; about: the step, and what else is to be known."""
-    config = {name: value for name, value in vars(cfg).items() if name not in MAY_CHANGE}
-    state = {name: part.state_dict() for name, part in parts.items()} | about | {"config": config}
-    write_aside(Path(cfg.out, "checkpoint.pth"), state, keep=Path(cfg.out, "previous.pth"))
-
-def load_checkpoint(path, cfg, parts):
-    """Fills parts from a checkpoint of this run; raises whatever is wrong with it."""
-    saved = load_file(path)
-    changed = [f"{flag_of(name)} was {value}" for name, value in saved["config"].items()
-               if getattr(cfg, name) != value]
-    if changed:
-        raise UserError("another run: " + ", ".join(changed))
-    for name, part in parts.items():
-        if saved[name] or name != "scaler":  # one that is off has nothing to load
-            part.load_state_dict(saved[name])
-    for p, state in parts["optimizer"].state.items():
-        if not p.shape == state["exp_avg"].shape == state["exp_avg_sq"].shape:
-            raise UserError("optimiser of another shape")  # AdamW would write past its end
-    return saved
-
-def go_on(cfg, parts, about):
-    """Fills parts from the newest readable checkpoint: the step to begin with, and a line about it.
-    UserError if there are some, and none is."""
-    newest, said = Path(cfg.out, "checkpoint.pth"), ""
-    for path in filter(Path.exists, (newest, newest.with_name("previous.pth"))):
-        try:
-            saved = load_checkpoint(path, cfg, parts)
-        except Exception as error:  # a different type for each way in which it can be wrong
-            said += f"{path}: can't go on from it ({error}); "
-            continue
-        if path != newest and newest.exists():  # or it would take the good one's place
-            newest.replace(newest.with_name("broken.pth"))
-        if saved | about != saved:
-            said += "other images or processes: not bit for bit the uninterrupted run; "
-        return saved["step"], f"{said}{path}: going on at step {saved['step']}"
-    if said:
-        raise UserError(said + "choose another --out; --init starts from its weights")
-    return 0, ""
-
-def lock(out):
-    """Makes OUT, and keeps it for this process until the returned lock is released."""
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        return FileLock(out / "lock").acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"--out {out}: another run writes there; choose another") from None
-
-def open_metrics(out, start):
-    """metrics.jsonl, open for steps from `start` on. Lines of these steps, which are done again,
-    and broken lines go. At 0 the list of unreadable files begins anew, too."""
-    path, new = out / "metrics.jsonl", out / "metrics.new"
-    if start == 0:
-        (out / "skipped.txt").unlink(missing_ok=True)
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    steps = [(re.match(rb'{"step": (\d+),.*}$', line), line) for line in lines]
-    new.write_bytes(b"".join(line + b"\n" for step, line in steps if step and int(step[1]) < start))
-    return open(new.replace(path), "a")
-
-def list_skipped(path, faults):
-    """Lists unreadable files, {path: reason}, each once; says so."""
-    listed = path.read_text("utf-8").splitlines() if path.exists() else []
-    new = sorted({str(BadImage(*fault)) for fault in faults.items()} - set(listed))
-    if not new:
-        return ""
-    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
-        file.writelines(line + "\n" for line in new)
-    return f"{len(listed + new)} files can't be read, {path} lists them; e.g. {new[0]}"
-
-# ----------------------------------------
 # Weights from elsewhere. Whatever layout a ViT was published in, it ends as a state dict under
 # DINOv2's names. A .pth is a pickle: without weights_only=True a hostile one would run its code.
 
@@ -898,15 +912,15 @@ def load_file(name):
             url = DINOV2[path]
             return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
         if path.startswith("hf_hub:"):
-            from huggingface_hub import hf_hub_download, list_repo_files
+            import huggingface_hub as hub
 
-            files = list_repo_files(path[7:])
+            files = hub.list_repo_files(path[7:])
             best = max(files, key=lambda f: (f.endswith("safetensors"), f.endswith(("pth", "bin"))))
-            path = hf_hub_download(path[7:], best)
+            path = hub.hf_hub_download(path[7:], best)
         if path.endswith(".safetensors"):
-            from safetensors.torch import load_file as load_safetensors
+            import safetensors.torch
 
-            return load_safetensors(path)
+            return safetensors.torch.load_file(path)
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
             raise ValueError("a wrong checksum, which torch does not check")
         with torch.serialization.safe_globals(PLAIN):
@@ -952,22 +966,23 @@ def read_backbone(name):
 def vit_from_state(state, img_size=None, heads=None):
     """A VisionTransformer in eval mode with the weights of read_backbone; img_size: of its stored
     positions, if not theirs; heads: of attention, if not by HEADS. Raises UserError."""
-    dim, stem = state["cls_token"].shape[-1], "patch_embed.stem.0.weight" in state
+    dim = state["cls_token"].shape[-1]
+    patch, stem = state["patch_embed.proj.weight"].shape[-1], "linear"
+    if "patch_embed.stem.0.weight" in state:
+        patch, stem = 8, "convs"
     heads = heads or HEADS.get(dim)
     if not heads or dim % heads:
         raise UserError(f"{dim} dimensions: how many attention heads? Give --heads, a divisor")
-    patch = 8 if stem else state["patch_embed.proj.weight"].shape[-1]
     depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
     registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
     img_size = img_size or patch * math.isqrt(state["pos_embed"].shape[1] - 1)
-    swiglu, stem = "blocks.0.mlp.w12.weight" in state, "convs" if stem else "linear"
+    swiglu = "blocks.0.mlp.w12.weight" in state
     vit = VisionTransformer(img_size, patch, dim, depth, heads, swiglu, registers, stem=stem).eval()
     load_weights(vit, state)
     return vit
 
 def load_weights(vit, state, source="weights"):
-    """Load a state dict of read_backbone, positions stretched to vit's size; says what is new.
-    UserError if it is another architecture's."""
+    """Loads what read_backbone gave; says what is new. UserError if it does not fit."""
     grid, own = vit.img_size // vit.patch_size, vit.state_dict()
     pos = resize_pos_embed(state["pos_embed"], grid, grid, "register_tokens" in state)
     state = state | {"pos_embed": pos}
@@ -982,16 +997,15 @@ def load_weights(vit, state, source="weights"):
     return f"{source}: {len(state)} tensors loaded; new: {', '.join(sorted(new)) or 'none'}"
 
 # ----------------------------------------
-# Devices and processes. torchrun starts a process for each GPU. Each reads files and trains on its
-# share of a batch; DistributedDataParallel averages their gradients.
+# Devices and processes. torchrun starts a process for each GPU, which trains on its share of a
+# batch; DistributedDataParallel averages their gradients.
 
-def cores():
-    """CPU cores for each process."""
+def cores():  # of a CPU, for each process
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(count // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
 
 def choose_device(cfg):
-    """Device and dtype of products. Raises UserError for a device that isn't there."""
+    """Device and dtype of products."""
     local = int(os.environ.get("LOCAL_RANK", 0))
     there = {"cuda": local < torch.cuda.device_count(), "mps": torch.backends.mps.is_available(),
              "cpu": True}
@@ -1007,7 +1021,7 @@ def choose_device(cfg):
     return torch.device(name, local if name == "cuda" else None), dtype
 
 def start_processes(device):
-    """Join torchrun's processes, if there are several: rank and number."""
+    """This process's number, and how many there are; they meet here."""
     world, told = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("OMP_NUM_THREADS")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -1065,7 +1079,7 @@ def configure(**given):
     return cfg
 
 def parse_args(argv):
-    """The command line, without --data that of the demo. Raises UserError."""
+    """A Config, without --data that of the demo. Raises UserError."""
     def refuse(message):
         raise UserError(f"{message} (see --help)")
 
