@@ -38,6 +38,7 @@ from collections import OrderedDict, deque
 from contextlib import ExitStack, nullcontext
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -597,28 +598,28 @@ def apply_schedules(optimizer, now):
         group["weight_decay"] = now["weight_decay"] if group["decay"] else 0.0
 
 # ----------------------------------------
-# The loop. What it works with (networks, optimiser, data, log) is in `run`, made further down.
+# The loop. `run` holds what it works with, see set_up: networks, optimiser, tiles, log.
 
 def train(cfg, monitor=None):
     """Returns OUT/backbone.pth, the teacher's backbone. monitor(backbone, device): numbers by name,
     asked at each checkpoint in every process. Raises UserError or OSError for what the user can
     mend, SystemExit(128 + signal) after a signal."""
     with ExitStack() as at_end:
-        run = Run(cfg, at_end)
+        run = set_up(cfg, at_end)
         try:
             train_steps(cfg, run, monitor)
         except (UserError, BrokenPipeError, SystemExit):  # data end, nobody reads the log, a signal
-            run.save()
+            save(run)
             raise
         weights = run.out / "backbone.pth"
         if run.rank == 0:
             write_aside(weights, run.model.teacher["backbone"].state_dict())
-        run.say(f"done: {weights} holds the teacher's backbone")
+        say(run, f"done: {weights} holds the teacher's backbone")
         return weights
 
 def train_steps(cfg, run, monitor):
     model, optimizer, scaler, bad_in_a_row = run.model, run.optimizer, run.scaler, 0
-    for *views_and_masks, tile_numbers in run.batches():
+    for *views_and_masks, tile_numbers in batches_of(run):
         # --- forward and backward
         now = schedules(cfg, run.step)
         apply_schedules(optimizer, now)
@@ -660,15 +661,15 @@ def train_steps(cfg, run, monitor):
         keep = run.step % cfg.save_every == 0 or end
         if monitor and keep and finite and not stop:
             numbers |= monitor(model.teacher["backbone"], run.device)
-        run.write_down(now, numbers, finite, tell=run.step % cfg.log_every == 0 or end)
+        write_down(run, now, numbers, finite, tell=run.step % cfg.log_every == 0 or end)
         if bad_in_a_row == 3:
             raise UserError("three steps in a row were not finite, and count for nothing: look at "
                             "these files, lower --lr, try --dtype float32")
         if stop:
-            run.say(f"interrupted after step {run.step}; the same command goes on from there")
+            say(run, f"interrupted after step {run.step}; the same command goes on from there")
             raise SystemExit(128 + (run.caught or [signal.SIGTERM])[0])
         if keep:
-            run.save()
+            save(run)
 
 # ----------------------------------------
 # A run: what it works with, its log and its checkpoints. It depends on what a checkpoint holds and
@@ -678,134 +679,130 @@ def train_steps(cfg, run, monitor):
 MAY_CHANGE = {"data", "out", "init", "workers", "device", "dtype", "compile", "eval_data",
               "checkpoint_activations", "accumulate", "iters", "save_every", "log_every"}
 
-class Run:
-    """step: how many are done; caught: signals; last: class tokens [G, D] of 1,024 images. at_end:
-    an ExitStack, for what is to be done however the run ends."""
+def set_up(cfg, at_end):
+    """What a run works with. at_end: an ExitStack, for what is to be done however the run ends."""
+    device, dtype = choose_device(cfg)
+    rank, world = start_processes(device)
+    out, gpu = Path(cfg.out), device.type == "cuda"
+    if cfg.batch_size % (world * cfg.accumulate):
+        raise UserError(f"--batch-size {cfg.batch_size}: choose a multiple of {world} processes x "
+                        f"--accumulate {cfg.accumulate}")
+    if rank == 0:
+        at_end.enter_context(lock(out))
+    tiles, checksum = find_tiles(cfg)
+    floats = torch.float64 if dtype == torch.float64 else torch.float32  # of parameters
+    torch.manual_seed(cfg.seed)
+    model = DINO(cfg).to(device, floats)
+    student, teacher = model.student["backbone"], model.teacher["backbone"]
+    optimizer = make_optimizer(model.student)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    parts = dict(student=model.student, teacher=model.teacher, centers=model.centers,
+                 optimizer=optimizer, scaler=scaler)
+    about = dict(images=checksum, processes=world)
+    step, note = go_on(cfg, parts, about)
+    if cfg.init and step == 0:  # RedDino: from DINOv2's weights; the heads are new
+        note = load_weights(student, read_backbone(cfg.init), cfg.init)
+        teacher.load_state_dict(student.state_dict())
+    mine = torch.tensor([step, checksum], device=device)
+    if not torch.equal(all_reduce(mine.clone(), dist.ReduceOp.MAX), mine):
+        raise UserError("--data, --out: processes see different images or checkpoints")
+    if cfg.compile or (cfg.compile is None and gpu):
+        for block in [*student.blocks, *teacher.blocks]:  # by block: seconds
+            block.compile()
+    workers = min(cores(), 16 if gpu else 1) if cfg.workers < 0 else cfg.workers
+    run = SimpleNamespace(
+        cfg=cfg, out=out, rank=rank, world=world, device=device, floats=floats, tiles=tiles,
+        loader=batches(cfg, tiles, step, student.patch_size, rank, world, workers, pin=gpu),
+        model=model, optimizer=optimizer, scaler=scaler,
+        parallel=nn.parallel.DistributedDataParallel(model) if world > 1 else model,
+        autocast=torch.autocast(device.type, dtype, enabled=dtype.itemsize == 2),
+        parts=parts, about=about, step=step,  # of a checkpoint; step: how many are done
+        log=open_metrics(out, step) if rank == 0 else open(os.devnull, "w"),
+        last=deque(maxlen=1024),  # class tokens [G, D] of as many images
+        faults=dict(tiles.skipped), began=step, since=time.monotonic(), waited=0.0)
+    say(run, f"{cfg.arch} on {len(tiles)} {cfg.unit} of {len(tiles.files)} images; {world} x "
+             f"{device.type}, {dtype}", *tiles.notes, note)
+    run.caught = catch_signals(at_end)
+    at_end.callback(run.loader.close)
+    return run
 
-    def __init__(self, cfg, at_end):
-        self.cfg, self.out = cfg, Path(cfg.out)
-        self.device, dtype = choose_device(cfg)
-        self.rank, self.world = start_processes(self.device)
-        if cfg.batch_size % (self.world * cfg.accumulate):
-            raise UserError(f"--batch-size {cfg.batch_size}: choose a multiple of {self.world} "
-                            f"processes x --accumulate {cfg.accumulate}")
-        if self.rank == 0:
-            at_end.enter_context(lock(self.out))
-        self.tiles, checksum = find_tiles(cfg)
-        self.floats = torch.float64 if dtype == torch.float64 else torch.float32  # of parameters
-        torch.manual_seed(cfg.seed)
-        self.model = DINO(cfg).to(self.device, self.floats)
-        self.optimizer = make_optimizer(self.model.student)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
-        self.autocast = torch.autocast(self.device.type, dtype, enabled=dtype.itemsize == 2)
-        self.parts = dict(student=self.model.student, teacher=self.model.teacher,
-                          centers=self.model.centers, optimizer=self.optimizer, scaler=self.scaler)
-        self.about = dict(images=checksum, processes=self.world)
-        self.step, note = self.go_on()
-        student, teacher = self.model.student["backbone"], self.model.teacher["backbone"]
-        if cfg.init and self.step == 0:  # RedDino: from DINOv2's weights; the heads are new
-            note = load_weights(student, read_backbone(cfg.init), cfg.init)
-            teacher.load_state_dict(student.state_dict())
-        mine = torch.tensor([self.step, checksum], device=self.device)
-        if not torch.equal(all_reduce(mine.clone(), dist.ReduceOp.MAX), mine):
-            raise UserError("--data, --out: processes see different images or checkpoints")
-        gpu = self.device.type == "cuda"
-        if cfg.compile or (cfg.compile is None and gpu):
-            for block in [*student.blocks, *teacher.blocks]:  # by block: seconds
-                block.compile()
-        self.parallel = self.model
-        if self.world > 1:
-            self.parallel = nn.parallel.DistributedDataParallel(self.model)
-
-        self.log = open_metrics(self.out, self.step) if self.rank == 0 else open(os.devnull, "w")
-        self.say(f"{cfg.arch} on {len(self.tiles)} {cfg.unit} of {len(self.tiles.files)} images; "
-                 f"{self.world} x {self.device.type}, {dtype}", *self.tiles.notes, note)
-        workers = min(cores(), 16 if gpu else 1) if cfg.workers < 0 else cfg.workers
-        self.loader = batches(cfg, self.tiles, self.step, student.patch_size, self.rank,
-                              self.world, workers, pin=gpu)
-        self.caught = catch_signals(at_end)
-        at_end.callback(self.loader.close)
-        self.last, self.faults = deque(maxlen=1024), dict(self.tiles.skipped)
-        self.began, self.since, self.waited = self.step, time.monotonic(), 0.0
-
-    def batches(self):
-        """Views, masks and tiles' numbers of each step that is left."""
+def batches_of(run):
+    """Views, masks and tiles' numbers of each step that is left."""
+    began = time.monotonic()
+    for batch in run.loader:
+        run.waited += time.monotonic() - began
+        if batch is not None:
+            *batch, faults = batch
+            run.faults |= faults
+            yield batch
+        elif run.caught:
+            raise SystemExit(128 + run.caught[0])
         began = time.monotonic()
-        for batch in self.loader:
-            self.waited += time.monotonic() - began
-            if batch is not None:
-                *batch, faults = batch
-                self.faults |= faults
-                yield batch
-            elif self.caught:
-                raise SystemExit(128 + self.caught[0])
-            began = time.monotonic()
 
-    def say(self, *lines):
-        if self.rank == 0 and any(lines):
-            print(*filter(None, lines), sep="\n", flush=True)
+def say(run, *lines):
+    if run.rank == 0 and any(lines):
+        print(*filter(None, lines), sep="\n", flush=True)
 
-    def write_down(self, now, numbers, finite, tell):
-        """A line of metrics.jsonl, with the step's number from 0; if tell, one to read, with the
-        steps done."""
-        if tell:
-            numbers |= watch(self.last)
-        line = {"step": self.step - 1, **now, "skipped": not finite, **numbers}
-        line = {k: v if math.isfinite(v) else None for k, v in line.items()}  # JSON has no NaN
-        print(json.dumps(line), file=self.log, flush=True)
-        if tell:
-            seconds = time.monotonic() - self.since
-            rate = (self.step - self.began) / seconds
-            told = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
-            self.say(list_skipped(self.out / "skipped.txt", self.faults),
-                     f"step {self.step}/{self.cfg.iters}  {told}  "
-                     f"{rate * self.cfg.batch_size:.1f} images/s, {self.waited / seconds:.0%} "
-                     f"waiting for them  {(self.cfg.iters - self.step) / rate:.0f} s left",
-                     collapse(numbers, self.cfg.prototypes))
-            self.began, self.since, self.waited = self.step, time.monotonic(), 0.0
+def write_down(run, now, numbers, finite, tell):
+    """A line of metrics.jsonl, with the step's number from 0; if tell, one to read, with the steps
+    done."""
+    if tell:
+        numbers |= watch(run.last)
+    line = {"step": run.step - 1, **now, "skipped": not finite, **numbers}
+    line = {k: v if math.isfinite(v) else None for k, v in line.items()}  # JSON has no NaN
+    print(json.dumps(line), file=run.log, flush=True)
+    if tell:
+        cfg, seconds = run.cfg, time.monotonic() - run.since
+        rate = (run.step - run.began) / seconds
+        told = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+        say(run, list_skipped(run.out / "skipped.txt", run.faults),
+            f"step {run.step}/{cfg.iters}  {told}  {rate * cfg.batch_size:.1f} images/s, "
+            f"{run.waited / seconds:.0%} waiting for them  "
+            f"{(cfg.iters - run.step) / rate:.0f} s left", collapse(numbers, cfg.prototypes))
+        run.began, run.since, run.waited = run.step, time.monotonic(), 0.0
 
-    def save(self):
-        """OUT/checkpoint.pth; the one before becomes previous.pth."""
-        if self.rank > 0 or self.step == 0:
-            return
-        os.fsync(self.log.fileno())
-        config = {name: v for name, v in vars(self.cfg).items() if name not in MAY_CHANGE}
-        state = {name: part.state_dict() for name, part in self.parts.items()}
-        state |= self.about | dict(config=config, step=self.step)
-        write_aside(self.out / "checkpoint.pth", state, keep=self.out / "previous.pth")
+def save(run):
+    """OUT/checkpoint.pth; the one before becomes previous.pth."""
+    if run.rank > 0 or run.step == 0:
+        return
+    os.fsync(run.log.fileno())
+    config = {name: v for name, v in vars(run.cfg).items() if name not in MAY_CHANGE}
+    state = {name: part.state_dict() for name, part in run.parts.items()}
+    state |= run.about | dict(config=config, step=run.step)
+    write_aside(run.out / "checkpoint.pth", state, keep=run.out / "previous.pth")
 
-    def load(self, path):
-        """Raises whatever is wrong with the checkpoint."""
-        saved = load_file(path)
-        changed = [f"{flag_of(name)} was {value}" for name, value in saved["config"].items()
-                   if getattr(self.cfg, name) != value]
-        if changed:
-            raise UserError("another run: " + ", ".join(changed))
-        for name, part in self.parts.items():
-            if saved[name] or name != "scaler":  # one that is off has nothing to load
-                part.load_state_dict(saved[name])
-        for p, state in self.optimizer.state.items():
-            if not p.shape == state["exp_avg"].shape == state["exp_avg_sq"].shape:
-                raise UserError("optimiser of another shape")  # AdamW would write past its end
-        return saved
+def load(path, cfg, parts):
+    """Fills parts from a checkpoint; raises whatever is wrong with it."""
+    saved = load_file(path)
+    changed = [f"{flag_of(name)} was {value}" for name, value in saved["config"].items()
+               if getattr(cfg, name) != value]
+    if changed:
+        raise UserError("another run: " + ", ".join(changed))
+    for name, part in parts.items():
+        if saved[name] or name != "scaler":  # one that is off has nothing to load
+            part.load_state_dict(saved[name])
+    for p, state in parts["optimizer"].state.items():
+        if not p.shape == state["exp_avg"].shape == state["exp_avg_sq"].shape:
+            raise UserError("optimiser of another shape")  # AdamW would write past its end
+    return saved
 
-    def go_on(self):
-        """Loads the newest readable checkpoint: its step, and a line about it."""
-        newest, said = self.out / "checkpoint.pth", ""
-        for path in filter(Path.exists, (newest, self.out / "previous.pth")):
-            try:
-                saved = self.load(path)
-            except Exception as error:  # a different type for each way in which it can be wrong
-                said += f"{path}: can't go on from it ({error}); "
-                continue
-            if path != newest and newest.exists():  # or it would take the good one's place
-                newest.replace(self.out / "broken.pth")
-            if saved | self.about != saved:
-                said += "other images or processes: not bit for bit the uninterrupted run; "
-            return saved["step"], f"{said}{path}: going on at step {saved['step']}"
-        if said:
-            raise UserError(said + "choose another --out; --init starts from its weights")
-        return 0, ""
+def go_on(cfg, parts, about):
+    """Fills parts from the newest readable checkpoint: its step, and a line about it."""
+    newest, said = Path(cfg.out, "checkpoint.pth"), ""
+    for path in filter(Path.exists, (newest, newest.with_name("previous.pth"))):
+        try:
+            saved = load(path, cfg, parts)
+        except Exception as error:  # a different type for each way in which it can be wrong
+            said += f"{path}: can't go on from it ({error}); "
+            continue
+        if path != newest and newest.exists():  # or it would take the good one's place
+            newest.replace(newest.with_name("broken.pth"))
+        if saved | about != saved:
+            said += "other images or processes: not bit for bit the uninterrupted run; "
+        return saved["step"], f"{said}{path}: going on at step {saved['step']}"
+    if said:
+        raise UserError(said + "choose another --out; --init starts from its weights")
+    return 0, ""
 
 def find_tiles(cfg):
     """The tiles of --data, and a checksum of their images' names and sizes."""
@@ -1060,16 +1057,16 @@ def configure(**given):
     preset = PRESETS.get(given.get("augment"), {}) | PRESETS.get(given.get("arch"), {})
     cfg = Config(**(preset | given))
     for field in dataclasses.fields(Config):
-        value, allowed, flag = getattr(cfg, field.name), field.metadata, flag_of(field.name)
-        numbers = value if isinstance(value, list) else [value]
+        values, allowed, flag = getattr(cfg, field.name), field.metadata, flag_of(field.name)
+        values = values if isinstance(values, list) else [values]
         if isinstance(allowed["default"], list):
-            setattr(cfg, field.name, numbers)  # one will do, in Python too
-        if allowed["choices"] and value not in allowed["choices"]:
-            raise UserError(f"{flag} {value}: choose from {', '.join(allowed['choices'])}")
-        low, high = allowed["low"], allowed["high"]
-        for number in numbers:
-            if isinstance(number, int | float) and not low <= number <= high:
-                raise UserError(f"{flag} {number}: must lie between {low} and {high}")
+            setattr(cfg, field.name, values)  # one will do, in Python too
+        for value in values:
+            if allowed["choices"] and value not in allowed["choices"]:
+                raise UserError(f"{flag} {value}: choose from {', '.join(allowed['choices'])}")
+            low, high = allowed["low"], allowed["high"]
+            if isinstance(value, int | float) and not low <= value <= high:
+                raise UserError(f"{flag} {value}: must lie between {low} and {high}")
     patch = ARCHS[cfg.arch]["patch_size"]
     for size in (cfg.global_size, cfg.local_size * (cfg.local_crops > 0)):
         if size % patch or size > cfg.global_size:
