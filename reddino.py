@@ -238,7 +238,8 @@ class VisionTransformer(nn.Module):
             self.patch_embed["proj"] = nn.Conv2d(STEM_WIDTHS[-1], embed_dim, 1)
         else:
             self.patch_embed["proj"] = nn.Conv2d(3, embed_dim, patch_size, stride=patch_size)
-        n, std = (img_size // patch_size) ** 2, 0.02 if embed_dim >= 384 else 0.2
+        n = (img_size // patch_size) ** 2
+        std = 0.02 if embed_dim >= 384 else 0.2
         self.cls_token = nn.Parameter(1e-6 * torch.randn(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(std * torch.randn(1, 1 + n, embed_dim))
         self.mask_token = nn.Parameter(torch.zeros(1, embed_dim))
@@ -517,7 +518,8 @@ class DINO(nn.Module):
     def forward(self, global_views, local_views, masks, index, weights, targets, patch_targets):
         """The student's losses on a micro-batch, by name; their sum is minimised. A new loss is a
         function and a line here. Shapes: see split_batch and teacher_targets."""
-        backbone, (B, G), L = self.student["backbone"], masks.shape[:2], local_views.shape[1]
+        backbone = self.student["backbone"]
+        (B, G), L = masks.shape[:2], local_views.shape[1]
         cls, patches = backbone.forward_features(global_views.flatten(0, 1), masks.flatten(0, 1))
         cls, patches = cls.unflatten(0, (B, G)), patches.flatten(0, 1)[index]  # [B, G, D], [M, D]
         local_cls = cls[:, :0]
@@ -542,9 +544,10 @@ class DINO(nn.Module):
 def train_step(parallel, micro_batches, temp, autocast, scaler):
     """Leaves gradients in the student; returns its losses and what the teacher saw. parallel: DINO,
     or DistributedDataParallel around it."""
-    model, parts, total = getattr(parallel, "module", parallel), len(micro_batches), {}
+    model = getattr(parallel, "module", parallel)
     with autocast:
         targets, seen = model.teacher_targets(micro_batches, temp)
+    parts, total = len(micro_batches), {}
     for number, (micro_batch, answers) in enumerate(zip(micro_batches, targets), 1):
         alone = parallel is not model and number < parts  # gradients are exchanged at the last
         with parallel.no_sync() if alone else nullcontext():
@@ -581,7 +584,8 @@ def schedules(cfg, step):
 def make_optimizer(student):
     """AdamW with the parameter groups of DINOv2's long recipe: no weight decay on biases, norms and
     LayerScale; the projection of patches learns at 0.2 of the rate."""
-    groups, linear = {}, "stem" not in student["backbone"].patch_embed
+    groups = {}
+    linear = "stem" not in student["backbone"].patch_embed
     for name, parameter in student.named_parameters():
         rate = 0.2 if name.startswith("backbone.patch_embed") and linear else 1.0
         decay = parameter.dim() > 1  # biases, norms and gains are vectors
@@ -618,7 +622,9 @@ def train(cfg, monitor=None):
         return weights
 
 def train_steps(cfg, run, monitor):
-    model, optimizer, scaler, bad_in_a_row = run.model, run.optimizer, run.scaler, 0
+    """Until cfg.iters steps are done. Raises as train."""
+    model, optimizer, scaler = run.model, run.optimizer, run.scaler
+    bad_in_a_row = 0
     for *views_and_masks, tile_numbers in batches_of(run):
         # --- forward and backward
         now = schedules(cfg, run.step)
@@ -672,9 +678,9 @@ def train_steps(cfg, run, monitor):
             save(run)
 
 # ----------------------------------------
-# A run: what it works with, its log and its checkpoints. It depends on what a checkpoint holds and
-# on nothing else: all randomness is a function of (seed, sample, epoch), see augment.py, or (seed,
-# step). So a resumed run is the uninterrupted one, on a CPU bit for bit.
+# A run: what it works with, its log and its checkpoints. All randomness is a function of (seed,
+# sample, epoch), see augment.py, or (seed, step). So a resumed run is the uninterrupted one, on a
+# CPU bit for bit.
 
 MAY_CHANGE = {"data", "out", "init", "workers", "device", "dtype", "compile", "eval_data",
               "checkpoint_activations", "accumulate", "iters", "save_every", "log_every"}
@@ -719,7 +725,7 @@ def set_up(cfg, at_end):
         parts=parts, about=about, step=step,  # of a checkpoint; step: how many are done
         log=open_metrics(out, step) if rank == 0 else open(os.devnull, "w"),
         last=deque(maxlen=1024),  # class tokens [G, D] of as many images
-        faults=dict(tiles.skipped), began=step, since=time.monotonic(), waited=0.0)
+        faults=dict(tiles.skipped), first=step, since=time.monotonic(), waited=0.0)
     say(run, f"{cfg.arch} on {len(tiles)} {cfg.unit} of {len(tiles.files)} images; {world} x "
              f"{device.type}, {dtype}", *tiles.notes, note)
     run.caught = catch_signals(at_end)
@@ -753,13 +759,12 @@ def write_down(run, now, numbers, finite, tell):
     print(json.dumps(line), file=run.log, flush=True)
     if tell:
         cfg, seconds = run.cfg, time.monotonic() - run.since
-        rate = (run.step - run.began) / seconds
+        rate = (run.step - run.first) / seconds
         told = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
         say(run, list_skipped(run.out / "skipped.txt", run.faults),
             f"step {run.step}/{cfg.iters}  {told}  {rate * cfg.batch_size:.1f} images/s, "
             f"{run.waited / seconds:.0%} waiting for them  "
             f"{(cfg.iters - run.step) / rate:.0f} s left", collapse(numbers, cfg.prototypes))
-        run.began, run.since, run.waited = run.step, time.monotonic(), 0.0
 
 def save(run):
     """OUT/checkpoint.pth; the one before becomes previous.pth."""
@@ -805,7 +810,7 @@ def go_on(cfg, parts, about):
     return 0, ""
 
 def find_tiles(cfg):
-    """The tiles of --data, and a checksum of their images' names and sizes."""
+    """The tiles of --data, and a checksum: the same names and sizes, the same run."""
     if not cfg.data:
         raise UserError("--data: name at least one folder of images")
     tiles = Tiles(cfg.data, cfg.tile_size, cfg.window, raw=cfg.augment == "ct", unit=cfg.unit)
@@ -815,7 +820,7 @@ def find_tiles(cfg):
     return tiles, zlib.crc32(repr(names).encode("utf-8", "replace"))
 
 def lock(out):
-    """Keeps OUT for this process until the returned lock is released."""
+    """OUT is this process's own until the returned lock is released."""
     out.mkdir(parents=True, exist_ok=True)
     try:
         return FileLock(out / "lock").acquire(timeout=0)
@@ -997,7 +1002,8 @@ def load_weights(vit, state, source="weights"):
 # Devices and processes. torchrun starts a process for each GPU, which trains on its share of a
 # batch; DistributedDataParallel averages their gradients.
 
-def cores():  # of a CPU, for each process
+def cores():
+    """Of the CPU, for each process."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(count // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
 
@@ -1018,7 +1024,7 @@ def choose_device(cfg):
     return torch.device(name, local if name == "cuda" else None), dtype
 
 def start_processes(device):
-    """This process's number, and how many there are; they meet here."""
+    """Join torchrun's processes, if there are several: rank and number."""
     world, told = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("OMP_NUM_THREADS")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -1038,7 +1044,7 @@ def leave_processes():
     gc.collect()  # DistributedDataParallel refers to itself
 
 def catch_signals(at_end):
-    """A list of the signals that came. None ends the process: the step in hand is finished."""
+    """A list of the signals that came: none of them ends the process at once any more."""
     caught = []
     for which in signal.Signals:
         if which.name in ("SIGTERM", "SIGINT", "SIGHUP"):
@@ -1053,7 +1059,7 @@ def flag_of(name):
     return "--" + name.replace("_", "-")
 
 def configure(**given):
-    """A Config: what is given, else a preset, else the default. Raises UserError."""
+    """A Config: what is given, else a preset, else the default."""
     preset = PRESETS.get(given.get("augment"), {}) | PRESETS.get(given.get("arch"), {})
     cfg = Config(**(preset | given))
     for field in dataclasses.fields(Config):
@@ -1076,12 +1082,9 @@ def configure(**given):
     return cfg
 
 def parse_args(argv):
-    """A Config, without --data that of the demo. Raises UserError."""
-    def refuse(message):
-        raise UserError(f"{message} (see --help)")
-
+    """A Config, without --data that of the demo."""
     parser = argparse.ArgumentParser("reddino.py", allow_abbrev=False)
-    parser.error = refuse
+    parser.print_usage = lambda *_: None  # an error is one line
     for field in dataclasses.fields(Config):
         default = field.metadata["default"]
         kind = dict(type=type(default), choices=field.metadata["choices"])
@@ -1096,10 +1099,11 @@ def parse_args(argv):
     return configure(**(given if "data" in given else DEMO | given))
 
 def main(argv=None):
-    """The command line. Exit code 2 and one line for what the user can mend, 128 + signal."""
+    """One line and exit code 2 for what the user can mend; 128 + signal after a signal."""
     sys.stdout.reconfigure(errors="backslashreplace")  # for names that are not UTF-8
     try:
-        cfg, monitor = parse_args(sys.argv[1:] if argv is None else argv), None
+        cfg = parse_args(argv)
+        monitor = None
         if cfg.eval_data:
             from eval import knn_monitor
 
@@ -1117,7 +1121,7 @@ def main(argv=None):
         sys.exit(130)
     except (UserError, OSError, RuntimeError) as error:
         text = " ".join(str(error).split())[:1000]
-        if isinstance(error, BrokenPipeError):  # nobody reads any more: | head, a closed terminal
+        if isinstance(error, BrokenPipeError):  # or Python would complain, too, when it ends
             sys.stdout = open(os.devnull, "w")
         elif re.search("out of memory|allocate", text):
             text = "not enough memory: more --accumulate, or --checkpoint-activations"
@@ -1131,7 +1135,7 @@ def main(argv=None):
         leave_processes()
 
 def who_is_missing():
-    """After an exchange that failed: all processes are to answer within 15 s."""
+    """After an exchange that failed."""
     try:
         dist.monitored_barrier(timeout=timedelta(seconds=15), wait_all_ranks=True)
     except (RuntimeError, ValueError) as missing:
