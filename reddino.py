@@ -87,11 +87,11 @@ class Config:
     koleo: float = opt(0.0, "weight of KoLeo (DINOv2: 0.1; RedDino takes it out)")
     ibot: float = opt(1.0, "weight of the patch-token loss (DINOv2)")
     teacher_temp: float = opt(0.07, "the teacher's, at first at most 0.04 (DINO)", low=1e-6)
-    teacher_temp_warmup: float = opt(3.0, "share of the run (RedDino; DINOv2: 0.3, long: 0.06)")
+    teacher_temp_warmup: float = opt(3.0, "share of the run (RedDino: 30 of 10 epochs; DINOv2: 0.3)")
     # the optimiser
     iters: int = opt(19500, "optimiser steps (RedDino S: 10 x 1,950)", low=1)
     batch_size: int = opt(560, "images a step, over all processes (RedDino S: 2 GPUs x 280)", low=1)
-    accumulate: int = opt(1, "micro-batches a step: less memory, the same result", low=1)
+    accumulate: int = opt(1, "micro-batches a step: less memory, same result (but KoLeo)", low=1)
     lr: float = opt(2e-4, "peak, at batch 1024; scaled by a square root (RedDino, DINOv2 long)")
     warmup: float = opt(0.01, "share in which lr rises (RedDino; DINOv2: 0.1, 0.16)", high=1)
     weight_decay_end: float = opt(0.2, "after 0.04 at first (RedDino, DINOv2 long; short: 0.4)")
@@ -878,7 +878,7 @@ def watch(last):
     view's nearest among second views of 64 images is that of its own; by chance 1/64."""
     if len(last) < 1024:
         return {}
-    cls = torch.stack([*last]).float()  # [1024, G, D]
+    cls = torch.stack(list(last)).float()  # [1024, G, D]
     x = F.normalize(cls, dim=2)
     first, second = x[:, 0].unflatten(0, (16, 64)), x[:, 1].unflatten(0, (16, 64))
     found = (first @ second.transpose(1, 2)).argmax(2)  # [16, 64]
@@ -999,8 +999,8 @@ def load_weights(vit, state, source="weights"):
     return f"{source}: {len(state)} tensors loaded; new: {', '.join(sorted(new)) or 'none'}"
 
 # ----------------------------------------
-# Devices and processes. torchrun starts a process for each GPU, which trains on its share of a
-# batch; DistributedDataParallel averages their gradients.
+# Devices and processes. torchrun starts one for each GPU, which trains on its share of a batch;
+# DistributedDataParallel averages their gradients.
 
 def cores():
     """Of the CPU, for each process."""
