@@ -87,7 +87,7 @@ class Config:
     koleo: float = opt(0.0, "weight of KoLeo (DINOv2: 0.1; RedDino takes it out)")
     ibot: float = opt(1.0, "weight of the patch-token loss (DINOv2)")
     teacher_temp: float = opt(0.07, "the teacher's, at first at most 0.04 (DINO)", low=1e-6)
-    teacher_temp_warmup: float = opt(3.0, "share of the run (RedDino: 30 of 10 epochs; DINOv2: 0.3)")
+    teacher_temp_warmup: float = opt(3.0, "a share (RedDino: 30 epochs of 10; DINOv2: 0.3)")
     # the optimiser
     iters: int = opt(19500, "optimiser steps (RedDino S: 10 x 1,950)", low=1)
     batch_size: int = opt(560, "images a step, over all processes (RedDino S: 2 GPUs x 280)", low=1)
