@@ -38,6 +38,7 @@ from collections import OrderedDict, deque
 from contextlib import ExitStack, nullcontext
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -54,6 +55,7 @@ from augment import RECIPES, BadImage, Tiles, UserError, batches, check_window, 
 # ViT-S; PRESETS says what differs elsewhere. Durations are shares of the run.
 
 def opt(default, text, choices=None, low=0, high=10**9):
+    """An option: its default, help, and what it may be (numbers: from low to high)."""
     allowed = dict(default=default, help=text, choices=choices, low=low, high=high)
     return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=allowed)
 
@@ -64,16 +66,16 @@ class Config:
     # what is trained
     arch: str = opt("vits14", "the backbone", ["nano", "vits14", "vitb14", "vitl14", "vitg14"])
     init: str = opt("", "start from a backbone: a file, dinov2_vits14, ..., hf_hub:OWNER/NAME")
-    registers: int = opt(0, "register tokens (Darcet et al. 2024: 4; RedDino: none)", high=1024)
+    registers: int = opt(0, "register tokens (Darcet et al. 2024: 4; RedDino: none)")
     drop_path: float = opt(0.0, "stochastic depth (DINOv2: 0.3; RedDino, in effect: 0)", high=0.99)
-    prototypes: int = opt(131072, "K (RedDino, DINOv2 long; short: 65536)", low=1, high=2**23)
+    prototypes: int = opt(131072, "K (RedDino, DINOv2 long; short: 65536)", low=1)
     separate_heads: bool = opt(False, "a head for patches of their own (DINOv2 long)")
     # what it sees
     unit: str = opt("tiles", "windows of images, or single cells found in them", ["tiles", "cells"])
-    tile_size: list[int] = opt([224], "side in pixels (RedDino); 0: whole; or several", high=10**5)
+    tile_size: list[int] = opt([224], "side in pixels (RedDino); 0: whole; or several")
     window: list[float] = opt([], "LEVEL WIDTH: what is seen of deep grey", low=-math.inf)
-    global_size: int = opt(224, "pixels of the global views (DINOv2)", low=1, high=10**4)
-    local_size: int = opt(98, "pixels of the local views (DINOv2 with patch 14)", low=1, high=10**4)
+    global_size: int = opt(224, "pixels of the global views (DINOv2)", low=1)
+    local_size: int = opt(98, "pixels of the local views (DINOv2 with patch 14)", low=1)
     local_crops: int = opt(1, "local views of an image (RedDino: 1; DINOv2: 8)", high=100)
     global_scale: float = opt(0.32, "least area share of a global view (DINOv2)", low=0.06, high=1)
     augment: str = opt("reddino", "pixel transforms: RedDino's, an organ's, none", list(RECIPES))
@@ -85,13 +87,11 @@ class Config:
     koleo: float = opt(0.0, "weight of KoLeo (DINOv2: 0.1; RedDino takes it out)")
     ibot: float = opt(1.0, "weight of the patch-token loss (DINOv2)")
     teacher_temp: float = opt(0.07, "the teacher's, at first at most 0.04 (DINO)", low=1e-6)
-    teacher_temp_warmup: float = opt(3.0, "share of the run (RedDino: 30 epochs of 10; "
-                                          "DINOv2: 0.3, 0.06)")
+    teacher_temp_warmup: float = opt(3.0, "a share (RedDino: 30 epochs of 10; DINOv2: 0.3)")
     # the optimiser
     iters: int = opt(19500, "optimiser steps (RedDino S: 10 x 1,950)", low=1)
     batch_size: int = opt(560, "images a step, over all processes (RedDino S: 2 GPUs x 280)", low=1)
-    accumulate: int = opt(1, "micro-batches a step: less memory, same result (but KoLeo's, nano's)",
-                          low=1)
+    accumulate: int = opt(1, "micro-batches a step: less memory, same result (but KoLeo)", low=1)
     lr: float = opt(2e-4, "peak, at batch 1024; scaled by a square root (RedDino, DINOv2 long)")
     warmup: float = opt(0.01, "share in which lr rises (RedDino; DINOv2: 0.1, 0.16)", high=1)
     weight_decay_end: float = opt(0.2, "after 0.04 at first (RedDino, DINOv2 long; short: 0.4)")
@@ -99,7 +99,7 @@ class Config:
     freeze_backbone_steps: int = opt(0, "steps for heads alone; in as many again lr rises")
     eval_data: list[str] = opt([], "labelled cells as in eval.py: 20-NN at each checkpoint")
     # the machine
-    seed: int = opt(0, "of everything random", high=2**63 - 1)
+    seed: int = opt(0, "of everything random")
     workers: int = opt(-1, "loading processes of each process; -1: by cores", low=-1, high=1024)
     device: str = opt("auto", "where to compute", ["auto", "cpu", "cuda", "mps"])
     dtype: str = opt("auto", "of products; auto: bfloat16 where the hardware has it",
@@ -162,6 +162,9 @@ def conv_stem():
 # named as in DINOv2's checkpoints.
 
 class Attention(nn.Module):
+    """Multi-head self-attention, [B, N, D] to [B, N, D]: each token takes from all others what
+    softmax(q k / sqrt(D / heads)) gives it of their v (Vaswani et al. 2017)."""
+
     def __init__(self, dim, heads):
         super().__init__()
         self.heads = heads
@@ -235,7 +238,8 @@ class VisionTransformer(nn.Module):
             self.patch_embed["proj"] = nn.Conv2d(STEM_WIDTHS[-1], embed_dim, 1)
         else:
             self.patch_embed["proj"] = nn.Conv2d(3, embed_dim, patch_size, stride=patch_size)
-        n, std = (img_size // patch_size) ** 2, 0.02 if embed_dim >= 384 else 0.2
+        n = (img_size // patch_size) ** 2
+        std = 0.02 if embed_dim >= 384 else 0.2
         self.cls_token = nn.Parameter(1e-6 * torch.randn(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(std * torch.randn(1, 1 + n, embed_dim))
         self.mask_token = nn.Parameter(torch.zeros(1, embed_dim))
@@ -318,15 +322,15 @@ class Standardise(nn.Module):
 class DINOHead(nn.Module):
     """Tokens [R, D] to logits over prototypes [R, K]: 3-layer MLP, unit sphere, prototypes."""
 
-    def __init__(self, dim, prototypes, hidden=2048, bottleneck=256, standardise=False):
+    def __init__(self, dim, K, hidden=2048, bottleneck=256, standardise=False):
         super().__init__()
         norm = [Standardise()] if standardise else []
         layers = [nn.Linear(dim, hidden), *norm, nn.GELU(), nn.Linear(hidden, hidden), *norm,
                   nn.GELU(), nn.Linear(hidden, bottleneck)]
         self.mlp = nn.Sequential(*layers)
         self.apply(init_linear)
-        v = nn.init.kaiming_uniform_(torch.empty(prototypes, bottleneck), a=math.sqrt(5))  # DINOv2
-        self.last_layer = nn.ParameterDict({"weight_g": torch.ones(prototypes, 1), "weight_v": v})
+        v = nn.init.kaiming_uniform_(torch.empty(K, bottleneck), a=math.sqrt(5))  # as DINOv2
+        self.last_layer = nn.ParameterDict({"weight_g": torch.ones(K, 1), "weight_v": v})
 
     def prototypes(self):  # [K, bottleneck]: g * v / |v|
         return torch._weight_norm(self.last_layer.weight_v, self.last_layer.weight_g)
@@ -366,25 +370,13 @@ def sinkhorn_knopp(logits, temp, n_iters=3):
         q /= q.sum(1, keepdim=True)
     return q
 
-class MovingAverage(nn.Module):
-    """DINO's centering: softmax((logits - center) / temp), the center a running mean of logits,
-    which is updated after the step, if that counts."""
-
-    def __init__(self, prototypes, momentum=0.9):
-        super().__init__()
-        self.momentum = momentum
-        self.register_buffer("center", torch.zeros(1, prototypes))
-
-    def forward(self, logits, temp):
-        """Teacher logits [R, K] to targets [R, K]; and the logits' mean over all rows, [1, K]."""
-        logits = widen(logits)
-        rows = all_reduce(logits.new_tensor(float(len(logits))))
-        mean = all_reduce(logits.sum(0, keepdim=True)) / rows.clamp_min(1)
-        return F.softmax((logits - self.center) / temp, dim=-1), mean
-
-    @torch.no_grad()
-    def update(self, mean):
-        self.center.lerp_(mean.to(self.center.dtype), 1 - self.momentum)
+def moving_average(logits, temp, center):
+    """Teacher logits [R, K] to targets [R, K], DINO's: softmax((logits - center) / temp). And the
+    mean of the rows of all processes, [1, K], towards which the center moves after the step."""
+    logits = widen(logits)
+    rows = all_reduce(logits.new_tensor(float(len(logits))))
+    mean = all_reduce(logits.sum(0, keepdim=True)) / rows.clamp_min(1)
+    return F.softmax((logits - center) / temp, dim=-1), mean
 
 # ----------------------------------------
 # Losses. Two are cross-entropies between the teacher's targets t and the student's softmax,
@@ -404,14 +396,12 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, prototypes, targets, weights, temp):  # [R, D], [K, D], [R, K], [R], float
-        device, dtype = x.device.type, x.dtype
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-        some = max(2**24 // len(prototypes), 1)  # 64 MB
-        loss, grad_x, grad_p = x.new_zeros(()), torch.zeros_like(x), torch.zeros_like(prototypes)
+        dtype = (x[:0] @ prototypes[:0].T).dtype  # autocast's, where it is on
         p, half_x = prototypes.to(dtype), x.to(dtype)  # once, not for each few rows
-        size = (weights.sum() / max(len(x), 1)).clamp_min(1e-30)
-        weighted = (x * (weights / size)[:, None]).to(dtype)
+        mean = (weights.sum() / max(len(x), 1)).clamp_min(1e-30)
+        weighted = (x * (weights / mean)[:, None]).to(dtype)
+        loss, grad_x, grad_p = x.new_zeros(()), torch.zeros_like(x), torch.zeros_like(prototypes)
+        some = max(2**24 // len(prototypes), 1)  # rows, whose logits take 64 MB
         for first in range(0, len(x), some):
             rows = slice(first, first + some)
             t = targets[rows].to(x.dtype)
@@ -420,7 +410,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             error = (log_q.exp_() * t.sum(1, keepdim=True)).sub_(t).to(dtype)  # d loss / d logits
             grad_x[rows] = error @ p
             grad_p += error.T @ weighted[rows]
-        ctx.save_for_backward(grad_x * (weights / temp)[:, None], grad_p.mul_(size / temp))
+        ctx.save_for_backward(grad_x * (weights / temp)[:, None], grad_p.mul_(mean / temp))
         return loss
 
     @staticmethod
@@ -462,17 +452,18 @@ def koleo_loss(x, eps=1e-8):
 # One training step: the teacher looks at a batch and gives targets; the student looks at it, a
 # micro-batch at a time, and gives losses. All tensors have the images first.
 
-def micro_batches(global_views, local_views, masks, parts, device, dtype):
+def split_batch(global_views, local_views, masks, parts, device, dtype):
     """uint8 views [B, G, 3, H, W] and [B, L, 3, h, w], masks bool [B, G, N], to micro-batches on
     the device: views, masks, index of masked patches and their weights [M]. Patches are counted
     here, on the CPU: on a GPU to count is to wait."""
-    result = []
+    micro_batches = []
     for views, small, mask in zip(*(t.chunk(parts) for t in (global_views, local_views, masks))):
         index = mask.flatten().nonzero().squeeze(1)  # into B * G * N
         weights = (1 / mask.sum(2, keepdim=True).clamp_min(1)).expand_as(mask)[mask]
         moved = [t.to(device, non_blocking=True) for t in (mask, index, weights.to(dtype))]
-        result.append((normalise(views, device, dtype), normalise(small, device, dtype), *moved))
-    return result
+        views, small = (normalise(t, device, dtype) for t in (views, small))
+        micro_batches.append((views, small, *moved))
+    return micro_batches
 
 class DINO(nn.Module):
     """Student and teacher, each a backbone with a head (two with separate_heads)."""
@@ -486,9 +477,10 @@ class DINO(nn.Module):
         self.student["backbone"].checkpoint_activations = cfg.checkpoint_activations
         self.teacher = self.network(drop_path=0.0).requires_grad_(False)
         self.teacher.load_state_dict(self.student.state_dict())
-        self.centers = nn.ModuleDict()
+        self.centers = nn.ParameterDict()
         if cfg.centering == "moving-average":  # class and patch tokens have different means
-            self.centers.update({kind: MovingAverage(cfg.prototypes) for kind in ("cls", "patch")})
+            self.centers.update({kind: torch.zeros(1, cfg.prototypes) for kind in ("cls", "patch")})
+        self.centers.requires_grad_(False)
 
     def network(self, drop_path):
         cfg, sizes = self.cfg, HEAD_SIZES.get(self.cfg.arch, {})
@@ -500,15 +492,15 @@ class DINO(nn.Module):
     def targets(self, logits, temp, kind):
         """Teacher logits [R, K] to targets [R, K]; and their mean, or None."""
         if self.centers:
-            return self.centers[kind](logits, temp)
+            return moving_average(logits, temp, self.centers[kind])
         return sinkhorn_knopp(logits, temp), None
 
     @torch.no_grad()
-    def teacher_targets(self, batch, temp):
+    def teacher_targets(self, micro_batches, temp):
         """For each micro-batch the targets of class tokens [B, G, K] and masked patches [M, K],
-        balanced over the whole batch; and what the loop watches."""
+        balanced over the whole batch; and what the loop watches, and needs for the centers."""
         cls, patches = [], []
-        for global_views, _, _, index, _ in batch:
+        for global_views, _, _, index, _ in micro_batches:
             tokens, all_patches = self.teacher["backbone"].forward_features(
                 global_views.flatten(0, 1))
             cls.append(tokens.unflatten(0, global_views.shape[:2]))  # [B, G, D]
@@ -519,15 +511,15 @@ class DINO(nn.Module):
         patch_logits = self.teacher[self.patch_head](torch.cat(patches))
         patch_targets, patch_mean = self.targets(patch_logits, temp, "patch")
         entropy = torch.special.entr(F.softmax(widen(logits) / temp, dim=1)).sum(1).mean()
-        seen = {"cls": tokens, "nearest": logits.argmax(1), "entropy": entropy,
-                "means": (mean, patch_mean)}
+        seen = {"cls": tokens, "entropy": entropy, "means": (mean, patch_mean)}
         targets = targets.unflatten(0, tokens.shape[:2]).split([len(c) for c in cls])
         return list(zip(targets, patch_targets.split([len(p) for p in patches]))), seen
 
     def forward(self, global_views, local_views, masks, index, weights, targets, patch_targets):
         """The student's losses on a micro-batch, by name; their sum is minimised. A new loss is a
-        function and a line here. Shapes: see micro_batches and teacher_targets."""
-        backbone, (B, G), L = self.student["backbone"], masks.shape[:2], local_views.shape[1]
+        function and a line here. Shapes: see split_batch and teacher_targets."""
+        backbone = self.student["backbone"]
+        (B, G), L = masks.shape[:2], local_views.shape[1]
         cls, patches = backbone.forward_features(global_views.flatten(0, 1), masks.flatten(0, 1))
         cls, patches = cls.unflatten(0, (B, G)), patches.flatten(0, 1)[index]  # [B, G, D], [M, D]
         local_cls = cls[:, :0]
@@ -547,23 +539,23 @@ class DINO(nn.Module):
         teacher, student = list(self.teacher.parameters()), list(self.student.parameters())
         torch._foreach_lerp_(teacher, student, 1 - momentum)
         for center, mean in zip(self.centers.values(), means):
-            center.update(mean)
+            center.lerp_(mean.to(center.dtype), 1 - 0.9)  # 0.9: DINO
 
-def train_step(parallel, batch, temp, autocast, scaler):
+def train_step(parallel, micro_batches, temp, autocast, scaler):
     """Leaves gradients in the student; returns its losses and what the teacher saw. parallel: DINO,
-    or DistributedDataParallel around it; batch: micro-batches."""
+    or DistributedDataParallel around it."""
     model = getattr(parallel, "module", parallel)
     with autocast:
-        targets, seen = model.teacher_targets(batch, temp)
-    total = {}
-    for number, (micro_batch, answers) in enumerate(zip(batch, targets), 1):
-        alone = parallel is not model and number < len(batch)  # gradients are exchanged at the last
+        targets, seen = model.teacher_targets(micro_batches, temp)
+    parts, total = len(micro_batches), {}
+    for number, (micro_batch, answers) in enumerate(zip(micro_batches, targets), 1):
+        alone = parallel is not model and number < parts  # gradients are exchanged at the last
         with parallel.no_sync() if alone else nullcontext():
             with autocast:
                 losses = parallel(*micro_batch, *answers)
-            scaler.scale(sum(losses.values()) / len(batch)).backward()
+            scaler.scale(sum(losses.values()) / parts).backward()
         for name, value in losses.items():
-            total[name] = total.get(name, 0) + value.detach() / len(batch)
+            total[name] = total.get(name, 0) + value.detach() / parts
     return total, seen
 
 # ----------------------------------------
@@ -592,7 +584,8 @@ def schedules(cfg, step):
 def make_optimizer(student):
     """AdamW with the parameter groups of DINOv2's long recipe: no weight decay on biases, norms and
     LayerScale; the projection of patches learns at 0.2 of the rate."""
-    groups, linear = {}, "stem" not in student["backbone"].patch_embed
+    groups = {}
+    linear = "stem" not in student["backbone"].patch_embed
     for name, parameter in student.named_parameters():
         rate = 0.2 if name.startswith("backbone.patch_embed") and linear else 1.0
         decay = parameter.dim() > 1  # biases, norms and gains are vectors
@@ -603,24 +596,100 @@ def make_optimizer(student):
     return torch.optim.AdamW(list(groups.values()), betas=(0.9, 0.999), fused=fused)
 
 def apply_schedules(optimizer, now):
+    """Sets rates and weight decay of all groups to those of `schedules`."""
     for group in optimizer.param_groups:
         group["lr"] = group["rate"] * now[group["follows"]]
         group["weight_decay"] = now["weight_decay"] if group["decay"] else 0.0
 
 # ----------------------------------------
-# The loop.
+# The loop. `run` holds what it works with, see set_up: networks, optimiser, tiles, log.
 
 def train(cfg, monitor=None):
     """Returns OUT/backbone.pth, the teacher's backbone. monitor(backbone, device): numbers by name,
     asked at each checkpoint in every process. Raises UserError or OSError for what the user can
     mend, SystemExit(128 + signal) after a signal."""
-    with ExitStack() as at_end:  # what has to be done however the run ends
-        return train_in(Path(cfg.out), cfg, monitor, at_end)
+    with ExitStack() as at_end:
+        run = set_up(cfg, at_end)
+        try:
+            train_steps(cfg, run, monitor)
+        except (UserError, BrokenPipeError, SystemExit):  # data end, nobody reads the log, a signal
+            save(run)
+            raise
+        weights = run.out / "backbone.pth"
+        if run.rank == 0:
+            write_aside(weights, run.model.teacher["backbone"].state_dict())
+        say(run, f"done: {weights} holds the teacher's backbone")
+        return weights
 
-def train_in(out, cfg, monitor, at_end):
-    # --- processes, data, networks, optimiser
+def train_steps(cfg, run, monitor):
+    """Until cfg.iters steps are done. Raises as train."""
+    model, optimizer, scaler = run.model, run.optimizer, run.scaler
+    bad_in_a_row = 0
+    for *views_and_masks, tile_numbers in batches_of(run):
+        # --- forward and backward
+        now = schedules(cfg, run.step)
+        apply_schedules(optimizer, now)
+        seeds = np.random.default_rng((cfg.seed, run.step, run.rank, 3))
+        torch.manual_seed(int(seeds.integers(2**62)))  # so that a resumed run goes on as it would
+        micro_batches = split_batch(*views_and_masks, cfg.accumulate, run.device, run.floats)
+        optimizer.zero_grad(set_to_none=True)
+        losses, seen = train_step(run.parallel, micro_batches, now["teacher_temp"], run.autocast,
+                                  scaler)
+        scaler.unscale_(optimizer)
+        norms = {f"grad_{name[:4]}": nn.utils.clip_grad_norm_(part.parameters(), 3.0)  # DINOv2
+                 for name, part in model.student.items()}
+
+        # --- the one exchange of numbers: means over processes, and whether any is to stop
+        numbers = {"loss": sum(losses.values()), **losses, "teacher_entropy": seen["entropy"],
+                   **norms, "stop": len(run.caught)}
+        means = [torch.as_tensor(v, dtype=run.floats, device=run.device) for v in numbers.values()]
+        numbers = dict(zip(numbers, all_reduce(torch.stack(means)).div(run.world).tolist()))
+        stop = numbers.pop("stop") > 0
+
+        # --- update, unless a number is not finite: then nothing of this step is kept
+        finite = all(map(math.isfinite, numbers.values()))
+        if finite:
+            scaler.step(optimizer)
+            model.update_teacher(now["momentum"], seen["means"])
+            run.last.extend(seen["cls"])
+            bad_in_a_row = 0
+        else:
+            files = sorted({repr(run.tiles.file_of(i)) for i in tile_numbers})
+            print(f"process {run.rank}: step {run.step} skipped, a loss or gradient is not finite; "
+                  f"files: {', '.join(files)}", flush=True)
+            if scaler.get_scale() <= 1 or not math.isfinite(numbers["loss"]):
+                bad_in_a_row += 1  # else float16 looks for its scale
+        scaler.update()
+
+        # --- write down
+        run.step += 1
+        end = stop or bad_in_a_row == 3 or run.step == cfg.iters
+        keep = run.step % cfg.save_every == 0 or end
+        if monitor and keep and finite and not stop:
+            numbers |= monitor(model.teacher["backbone"], run.device)
+        write_down(run, now, numbers, finite, tell=run.step % cfg.log_every == 0 or end)
+        if bad_in_a_row == 3:
+            raise UserError("three steps in a row were not finite, and count for nothing: look at "
+                            "these files, lower --lr, try --dtype float32")
+        if stop:
+            say(run, f"interrupted after step {run.step}; the same command goes on from there")
+            raise SystemExit(128 + (run.caught or [signal.SIGTERM])[0])
+        if keep:
+            save(run)
+
+# ----------------------------------------
+# A run: what it works with, its log and its checkpoints. All randomness is a function of (seed,
+# sample, epoch), see augment.py, or (seed, step). So a resumed run is the uninterrupted one, on a
+# CPU bit for bit.
+
+MAY_CHANGE = {"data", "out", "init", "workers", "device", "dtype", "compile", "eval_data",
+              "checkpoint_activations", "accumulate", "iters", "save_every", "log_every"}
+
+def set_up(cfg, at_end):
+    """What a run works with. at_end: an ExitStack, for what is to be done however the run ends."""
     device, dtype = choose_device(cfg)
-    gpu, (rank, world) = device.type == "cuda", start_processes(device)
+    rank, world = start_processes(device)
+    out, gpu = Path(cfg.out), device.type == "cuda"
     if cfg.batch_size % (world * cfg.accumulate):
         raise UserError(f"--batch-size {cfg.batch_size}: choose a multiple of {world} processes x "
                         f"--accumulate {cfg.accumulate}")
@@ -629,133 +698,119 @@ def train_in(out, cfg, monitor, at_end):
     tiles, checksum = find_tiles(cfg)
     floats = torch.float64 if dtype == torch.float64 else torch.float32  # of parameters
     torch.manual_seed(cfg.seed)
-    model = DINO(cfg).to(device, floats)  # nothing in it tells training from eval but drop path
+    model = DINO(cfg).to(device, floats)
     student, teacher = model.student["backbone"], model.teacher["backbone"]
     optimizer = make_optimizer(model.student)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype.itemsize == 2)
     parts = dict(student=model.student, teacher=model.teacher, centers=model.centers,
                  optimizer=optimizer, scaler=scaler)
-    of_run = dict(files=checksum, processes=world)
-    step, note = go_on(cfg, parts, of_run)
-    seen = torch.tensor([step, checksum], device=device)
-    if not torch.equal(all_reduce(seen.clone(), dist.ReduceOp.MAX), seen):
+    about = dict(images=checksum, processes=world)
+    step, note = go_on(cfg, parts, about)
+    if cfg.init and step == 0:  # RedDino: from DINOv2's weights; the heads are new
+        note = load_weights(student, read_backbone(cfg.init), cfg.init)
+        teacher.load_state_dict(student.state_dict())
+    mine = torch.tensor([step, checksum], device=device)
+    if not torch.equal(all_reduce(mine.clone(), dist.ReduceOp.MAX), mine):
         raise UserError("--data, --out: processes see different images or checkpoints")
     if cfg.compile or (cfg.compile is None and gpu):
         for block in [*student.blocks, *teacher.blocks]:  # by block: seconds
             block.compile()
-    parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-
-    # --- files, loading processes, signals
-    if rank == 0 and step == 0:
-        (out / "skipped.txt").unlink(missing_ok=True)
-    metrics = open_metrics(out / "metrics.jsonl", step) if rank == 0 else open(os.devnull, "w")
-
-    def say(*lines):
-        if rank == 0 and any(lines):
-            print(*filter(None, lines), sep="\n", flush=True)
-
-    def save():
-        if rank == 0:
-            os.fsync(metrics.fileno())
-            config = {name: v for name, v in vars(cfg).items() if name not in MAY_CHANGE}
-            state = {name: part.state_dict() for name, part in parts.items()}
-            state |= of_run | dict(config=config, step=step)
-            write_aside(out / "checkpoint.pth", state, keep=out / "previous.pth")
-
-    def save_the_rest(why, *_):  # data end, nobody reads the log any more, a signal came
-        if step and why in (UserError, BrokenPipeError, SystemExit):
-            save()
-
-    say(f"{cfg.arch} on {len(tiles)} {cfg.unit} of {len(tiles.files)} images; {world} x "
-        f"{device.type}, {dtype}", *tiles.notes, note)
     workers = min(cores(), 16 if gpu else 1) if cfg.workers < 0 else cfg.workers
-    loader = batches(cfg, tiles, step, student.patch_size, rank, world, workers, gpu)
-    caught = interrupts(at_end)
-    at_end.callback(loader.close)
-    at_end.push(save_the_rest)  # the first to be done, signals the last
-    last = deque(maxlen=-(-1024 * world // cfg.batch_size))  # batches that hold 1,024 images
-    faults, bad_in_a_row, began, since, waited = tiles.skipped, 0, step, time.monotonic(), 0.0
-    while step < cfg.iters:
-        # --- a batch; None as long as there is none
-        waiting = time.monotonic()
-        batch = next(loader)
-        waited += time.monotonic() - waiting
-        if batch is None and caught:
-            raise SystemExit(128 + caught[0])
-        if batch is None:
+    run = SimpleNamespace(
+        cfg=cfg, out=out, rank=rank, world=world, device=device, floats=floats, tiles=tiles,
+        loader=batches(cfg, tiles, step, student.patch_size, rank, world, workers, pin=gpu),
+        model=model, optimizer=optimizer, scaler=scaler,
+        parallel=nn.parallel.DistributedDataParallel(model) if world > 1 else model,
+        autocast=torch.autocast(device.type, dtype, enabled=dtype.itemsize == 2),
+        parts=parts, about=about, step=step,  # of a checkpoint; step: how many are done
+        log=open_metrics(out, step) if rank == 0 else open(os.devnull, "w"),
+        last=deque(maxlen=1024),  # class tokens [G, D] of as many images
+        faults=dict(tiles.skipped), first=step, since=time.monotonic(), waited=0.0)
+    say(run, f"{cfg.arch} on {len(tiles)} {cfg.unit} of {len(tiles.files)} images; {world} x "
+             f"{device.type}, {dtype}", *tiles.notes, note)
+    run.caught = catch_signals(at_end)
+    at_end.callback(run.loader.close)
+    return run
+
+def batches_of(run):
+    """Views, masks and tiles' numbers of each step that is left."""
+    began = time.monotonic()
+    for batch in run.loader:
+        run.waited += time.monotonic() - began
+        if batch is not None:
+            *batch, faults = batch
+            run.faults |= faults
+            yield batch
+        elif run.caught:
+            raise SystemExit(128 + run.caught[0])
+        began = time.monotonic()
+
+def say(run, *lines):
+    if run.rank == 0 and any(lines):
+        print(*filter(None, lines), sep="\n", flush=True)
+
+def write_down(run, now, numbers, finite, tell):
+    """A line of metrics.jsonl, with the step's number from 0; if tell, one to read, with the steps
+    done."""
+    if tell:
+        numbers |= watch(run.last)
+    line = {"step": run.step - 1, **now, "skipped": not finite, **numbers}
+    line = {k: v if math.isfinite(v) else None for k, v in line.items()}  # JSON has no NaN
+    print(json.dumps(line), file=run.log, flush=True)
+    if tell:
+        cfg, seconds = run.cfg, time.monotonic() - run.since
+        rate = (run.step - run.first) / seconds
+        told = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+        say(run, list_skipped(run.out / "skipped.txt", run.faults),
+            f"step {run.step}/{cfg.iters}  {told}  {rate * cfg.batch_size:.1f} images/s, "
+            f"{run.waited / seconds:.0%} waiting for them  "
+            f"{(cfg.iters - run.step) / rate:.0f} s left", collapse(numbers, cfg.prototypes))
+
+def save(run):
+    """OUT/checkpoint.pth; the one before becomes previous.pth."""
+    if run.rank > 0 or run.step == 0:
+        return
+    os.fsync(run.log.fileno())
+    config = {name: v for name, v in vars(run.cfg).items() if name not in MAY_CHANGE}
+    state = {name: part.state_dict() for name, part in run.parts.items()}
+    state |= run.about | dict(config=config, step=run.step)
+    write_aside(run.out / "checkpoint.pth", state, keep=run.out / "previous.pth")
+
+def load(path, cfg, parts):
+    """Fills parts from a checkpoint; raises whatever is wrong with it."""
+    saved = load_file(path)
+    changed = [f"{flag_of(name)} was {value}" for name, value in saved["config"].items()
+               if getattr(cfg, name) != value]
+    if changed:
+        raise UserError("another run: " + ", ".join(changed))
+    for name, part in parts.items():
+        if saved[name] or name != "scaler":  # one that is off has nothing to load
+            part.load_state_dict(saved[name])
+    for p, state in parts["optimizer"].state.items():
+        if not p.shape == state["exp_avg"].shape == state["exp_avg_sq"].shape:
+            raise UserError("optimiser of another shape")  # AdamW would write past its end
+    return saved
+
+def go_on(cfg, parts, about):
+    """Fills parts from the newest readable checkpoint: its step, and a line about it."""
+    newest, said = Path(cfg.out, "checkpoint.pth"), ""
+    for path in filter(Path.exists, (newest, newest.with_name("previous.pth"))):
+        try:
+            saved = load(path, cfg, parts)
+        except Exception as error:  # a different type for each way in which it can be wrong
+            said += f"{path}: can't go on from it ({error}); "
             continue
-        *views_and_masks, indices, new_faults = batch
-        faults = faults | new_faults
-
-        # --- forward and backward
-        now = schedules(cfg, step)
-        apply_schedules(optimizer, now)
-        torch.manual_seed(int(np.random.default_rng((cfg.seed, step, rank, 3)).integers(2**62)))
-        micro = micro_batches(*views_and_masks, cfg.accumulate, device, floats)
-        optimizer.zero_grad(set_to_none=True)
-        losses, seen = train_step(parallel, micro, now["teacher_temp"], autocast, scaler)
-        scaler.unscale_(optimizer)
-        norms = {f"grad_{name[:4]}": nn.utils.clip_grad_norm_(part.parameters(), 3.0)  # DINOv2
-                 for name, part in model.student.items()}
-
-        # --- the one exchange of numbers: means over processes, and whether any is to stop
-        numbers = {"loss": sum(losses.values()), **losses, "teacher_entropy": seen["entropy"],
-                   **norms, "stop": len(caught)}
-        means = [torch.as_tensor(v, dtype=floats, device=device) for v in numbers.values()]
-        numbers = dict(zip(numbers, all_reduce(torch.stack(means)).div(world).tolist()))
-        stop = numbers.pop("stop") > 0
-
-        # --- update, unless a number is not finite: then nothing of this step is kept
-        finite = all(map(math.isfinite, numbers.values()))
-        if finite:
-            scaler.step(optimizer)
-            model.update_teacher(now["momentum"], seen["means"])
-            last.append((seen["cls"], seen["nearest"]))
-            bad_in_a_row = 0
-        else:
-            bad = sorted({repr(tiles.file_of(i)) for i in indices})
-            print(f"process {rank}: step {step} skipped, a loss or gradient is not finite; files: "
-                  f"{', '.join(bad)}", flush=True)
-            if scaler.get_scale() <= 1 or not math.isfinite(numbers["loss"]):
-                bad_in_a_row += 1  # else float16 looks for its scale
-        scaler.update()
-
-        # --- write down
-        line = {"step": step, **now, "skipped": not finite}  # the first step is 0
-        step += 1
-        end = stop or bad_in_a_row == 3 or step == cfg.iters
-        log, keep = step % cfg.log_every == 0 or end, step % cfg.save_every == 0 or end
-        if log and last:
-            numbers |= watch(last)
-        if monitor and keep and finite and not stop:
-            numbers |= monitor(teacher, device)
-        line = {k: v if math.isfinite(v) else None for k, v in (line | numbers).items()}
-        print(json.dumps(line), file=metrics, flush=True)  # JSON has no NaN
-        if log:
-            seconds = time.monotonic() - since
-            rate = (step - began) / seconds
-            told = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
-            say(list_skipped(out / "skipped.txt", faults, len(tiles.files) + len(tiles.skipped)),
-                f"step {step}/{cfg.iters}  {told}  {rate * cfg.batch_size:.1f} images/s, "
-                f"{waited / seconds:.0%} waiting for them  {(cfg.iters - step) / rate:.0f} s left",
-                collapse(numbers, cfg.prototypes))
-            began, since, waited, faults = step, time.monotonic(), 0.0, {}
-        if bad_in_a_row == 3:
-            raise UserError("three steps in a row were not finite, and count for nothing: look at "
-                            "these files, lower --lr, try --dtype float32")
-        if stop:
-            say(f"interrupted after step {step}; the same command goes on from there")
-            raise SystemExit(128 + (caught or [signal.SIGTERM])[0])
-        if keep:
-            save()
-    if rank == 0:
-        write_aside(out / "backbone.pth", teacher.state_dict())
-    say(f"done: {out / 'backbone.pth'} holds the teacher's backbone")
-    return out / "backbone.pth"
+        if path != newest and newest.exists():  # or it would take the good one's place
+            newest.replace(newest.with_name("broken.pth"))
+        if saved | about != saved:
+            said += "other images or processes: not bit for bit the uninterrupted run; "
+        return saved["step"], f"{said}{path}: going on at step {saved['step']}"
+    if said:
+        raise UserError(said + "choose another --out; --init starts from its weights")
+    return 0, ""
 
 def find_tiles(cfg):
-    """The tiles of --data, and a checksum of their images' names and sizes."""
+    """The tiles of --data, and a checksum: the same names and sizes, the same run."""
     if not cfg.data:
         raise UserError("--data: name at least one folder of images")
     tiles = Tiles(cfg.data, cfg.tile_size, cfg.window, raw=cfg.augment == "ct", unit=cfg.unit)
@@ -764,49 +819,17 @@ def find_tiles(cfg):
     names = [os.path.basename(path) for path in tiles.files], tiles.sizes.tolist(), len(tiles)
     return tiles, zlib.crc32(repr(names).encode("utf-8", "replace"))
 
-# ----------------------------------------
-# Signs of learning and of collapse.
-
-def effective_rank(features):
-    """RankMe (Garrido et al. 2023): exp of the entropy of the normalised singular values of [R, D]
-    features. Between 1 (all on one line: collapsed) and D."""
-    values = torch.linalg.svdvals(features.float().cpu())  # Apple's GPUs have none
-    p = values / values.sum().clamp_min(1e-12) + 1e-7
-    return float(torch.exp(-(p * p.log()).sum()))
-
-def watch(last):
-    """From (class tokens [B, G, D], nearest prototypes) of batches; {} below 1,024 images. std:
-    spread on the unit sphere. in_use: prototypes that some view is nearest to. match: how often a
-    view's nearest among second views of 64 images is that of its own; by chance 1/64."""
-    cls = torch.cat([cls for cls, _ in last])[-1024:].float()  # [1024, G, D]
-    if len(cls) < 1024:
-        return {}
-    x = F.normalize(cls, dim=2)
-    first, second = x[:, 0].unflatten(0, (16, 64)), x[:, 1].unflatten(0, (16, 64))
-    found = (first @ second.transpose(1, 2)).argmax(2)  # [16, 64]
-    match = (found == torch.arange(64, device=x.device)).float().mean()
-    in_use = torch.cat([nearest for _, nearest in last]).unique()
-    return {"rank": effective_rank(cls.flatten(0, 1)), "in_use": len(in_use),
-            "std": float(x.flatten(0, 1).std(0).norm()), "match": float(match)}
-
-def collapse(numbers, prototypes):
-    """A warning: class tokens all but one and the same, or a teacher without an opinion."""
-    no_opinion = numbers["teacher_entropy"] > 0.999 * math.log(prototypes)
-    if "rank" in numbers and (numbers["rank"] < 2 or numbers["std"] < 0.01 or no_opinion):
-        return "WARNING: the teacher has collapsed; see the README, 'Signs of collapse'"
-    return ""
-
-# ----------------------------------------
-# Checkpoints. A run's future depends on the networks, the optimiser, the scaler and the step, and
-# on nothing else: all randomness is a function of (seed, sample, epoch) or (seed, step), see
-# augment.py. So a resumed run is the uninterrupted one, on a CPU bit for bit.
-
-MAY_CHANGE = {"data", "out", "init", "workers", "device", "dtype", "compile", "eval_data",
-              "checkpoint_activations", "accumulate", "iters", "save_every", "log_every"}
+def lock(out):
+    """OUT is this process's own until the returned lock is released."""
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        return FileLock(out / "lock").acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"--out {out}: another run writes there; choose another") from None
 
 def write_aside(path, state, keep=None):
-    """torch.save into a new file, then renamed over path (which becomes keep): whatever happens, an
-    old file or the new one is there, whole. Raises OSError."""
+    """torch.save into a new file, then renamed over path (which becomes keep): whatever happens, a
+    whole file is there. Raises OSError."""
     aside = path.with_name(path.name + ".new")
     try:
         with open(aside, "wb") as file:
@@ -820,73 +843,55 @@ def write_aside(path, state, keep=None):
         path.replace(keep)
     aside.replace(path)
 
-def load_checkpoint(path, cfg, parts):
-    """Fills parts from a checkpoint of this run; raises whatever is wrong with it."""
-    saved, now = load_file(path), vars(cfg)
-    was = vars(Config()) | saved["config"]
-    changed = [name for name in now if name not in MAY_CHANGE and now[name] != was[name]]
-    if changed:
-        raise UserError("another run: " + ", ".join(f"{flag_of(n)} was {was[n]}" for n in changed))
-    for name, part in parts.items():
-        if saved[name] or name != "scaler":  # one that is off has nothing to load
-            part.load_state_dict(saved[name])
-    for p, state in parts["optimizer"].state.items():
-        if not p.shape == state["exp_avg"].shape == state["exp_avg_sq"].shape:
-            raise UserError("optimiser of another shape")  # AdamW would write past its end
-    return saved
-
-def go_on(cfg, parts, of_run):
-    """Fills parts from the newest readable checkpoint or --init: the step to begin with, and a line
-    about it. Raises UserError."""
-    newest, said = Path(cfg.out, "checkpoint.pth"), ""
-    for path in filter(Path.exists, (newest, newest.with_name("previous.pth"))):
-        try:
-            saved = load_checkpoint(path, cfg, parts)
-        except Exception as error:  # a different type for each way in which it can be wrong
-            said += f"{path}: can't go on from it ({error}); "
-            continue
-        if path != newest and newest.exists():  # or it would take the good one's place
-            newest.replace(newest.with_name("broken.pth"))
-        if saved | of_run != saved:
-            said += "other images or processes: not bit for bit the uninterrupted run; "
-        return saved["step"], f"{said}{path}: going on at step {saved['step']}"
-    if said:
-        raise UserError(said + "choose another --out; --init starts from its weights")
-    if cfg.init:  # RedDino: from DINOv2's weights, student and teacher alike; the heads are new
-        state = read_backbone(cfg.init)
-        for network in (parts["student"], parts["teacher"]):
-            said = load_weights(network["backbone"], state, cfg.init)
-    return 0, said
-
-def lock(out):
-    """Makes OUT, and keeps it for this process until the returned lock is released."""
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        return FileLock(out / "lock").acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"--out {out}: another run writes there; choose another") from None
-
-def open_metrics(path, start):
-    """metrics.jsonl, open for steps from `start` on. Lines of these steps, which are done again,
-    and broken lines go."""
+def open_metrics(out, start):
+    """metrics.jsonl, without broken lines and those of steps that are done again."""
+    path, new = out / "metrics.jsonl", out / "metrics.new"
+    if start == 0:
+        (out / "skipped.txt").unlink(missing_ok=True)
     lines = path.read_bytes().splitlines() if path.exists() else []
     steps = [(re.match(rb'{"step": (\d+),.*}$', line), line) for line in lines]
-    kept = [line + b"\n" for step, line in steps if step and int(step[1]) < start]
-    path.with_suffix(".new").write_bytes(b"".join(kept))
-    return open(path.with_suffix(".new").replace(path), "a")
+    new.write_bytes(b"".join(line + b"\n" for step, line in steps if step and int(step[1]) < start))
+    return open(new.replace(path), "a")
 
-def list_skipped(path, faults, files):
-    """Lists unreadable files, {path: reason}, each once; says so. UserError when they are most."""
+def list_skipped(path, faults):
+    """Lists unreadable files, {path: reason}, each once; what to say of it."""
     listed = path.read_text("utf-8").splitlines() if path.exists() else []
     new = sorted({str(BadImage(*fault)) for fault in faults.items()} - set(listed))
     if not new:
         return ""
     with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines(line + "\n" for line in new)
-    said = f"{len(listed + new)} files can't be read, {path} lists them; e.g. {new[0]}"
-    if len(listed + new) > files / 2:
-        raise UserError(f"more than half: {said}")
-    return said
+    return f"{len(listed + new)} files can't be read, {path} lists them; e.g. {new[0]}"
+
+# ----------------------------------------
+# Signs of learning and of collapse.
+
+def effective_rank(features):
+    """RankMe (Garrido et al. 2023): exp of the entropy of the normalised singular values of [R, D]
+    features. Between 1 (all on one line: collapsed) and D."""
+    values = torch.linalg.svdvals(features.float().cpu())  # Apple's GPUs have none
+    p = values / values.sum().clamp_min(1e-12) + 1e-7
+    return float(torch.exp(-(p * p.log()).sum()))
+
+def watch(last):
+    """From class tokens [G, D] of 1,024 images. std: spread on the unit sphere. match: how often a
+    view's nearest among second views of 64 images is that of its own; by chance 1/64."""
+    if len(last) < 1024:
+        return {}
+    cls = torch.stack(list(last)).float()  # [1024, G, D]
+    x = F.normalize(cls, dim=2)
+    first, second = x[:, 0].unflatten(0, (16, 64)), x[:, 1].unflatten(0, (16, 64))
+    found = (first @ second.transpose(1, 2)).argmax(2)  # [16, 64]
+    match = (found == torch.arange(64, device=x.device)).float().mean()
+    return {"rank": effective_rank(cls.flatten(0, 1)), "match": float(match),
+            "std": float(x.flatten(0, 1).std(0).norm())}
+
+def collapse(numbers, K):
+    """A warning: class tokens all but one and the same, or a teacher without an opinion."""
+    no_opinion = numbers["teacher_entropy"] > 0.999 * math.log(K)
+    if "rank" in numbers and (numbers["rank"] < 2 or numbers["std"] < 0.01 or no_opinion):
+        return "WARNING: the teacher has collapsed; see the README, 'Signs of collapse'"
+    return ""
 
 # ----------------------------------------
 # Weights from elsewhere. Whatever layout a ViT was published in, it ends as a state dict under
@@ -909,15 +914,15 @@ def load_file(name):
             url = DINOV2[path]
             return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
         if path.startswith("hf_hub:"):
-            from huggingface_hub import hf_hub_download, list_repo_files
+            import huggingface_hub as hub
 
-            files = list_repo_files(path[7:])
+            files = hub.list_repo_files(path[7:])
             best = max(files, key=lambda f: (f.endswith("safetensors"), f.endswith(("pth", "bin"))))
-            path = hf_hub_download(path[7:], best)
+            path = hub.hf_hub_download(path[7:], best)
         if path.endswith(".safetensors"):
-            from safetensors.torch import load_file as load_safetensors
+            import safetensors.torch
 
-            return load_safetensors(path)
+            return safetensors.torch.load_file(path)
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
             raise ValueError("a wrong checksum, which torch does not check")
         with torch.serialization.safe_globals(PLAIN):
@@ -963,22 +968,23 @@ def read_backbone(name):
 def vit_from_state(state, img_size=None, heads=None):
     """A VisionTransformer in eval mode with the weights of read_backbone; img_size: of its stored
     positions, if not theirs; heads: of attention, if not by HEADS. Raises UserError."""
-    dim, stem = state["cls_token"].shape[-1], "patch_embed.stem.0.weight" in state
+    dim = state["cls_token"].shape[-1]
+    patch, stem = state["patch_embed.proj.weight"].shape[-1], "linear"
+    if "patch_embed.stem.0.weight" in state:
+        patch, stem = 8, "convs"
     heads = heads or HEADS.get(dim)
     if not heads or dim % heads:
         raise UserError(f"{dim} dimensions: how many attention heads? Give --heads, a divisor")
-    patch = 8 if stem else state["patch_embed.proj.weight"].shape[-1]
     depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
     registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
     img_size = img_size or patch * math.isqrt(state["pos_embed"].shape[1] - 1)
-    swiglu, stem = "blocks.0.mlp.w12.weight" in state, "convs" if stem else "linear"
+    swiglu = "blocks.0.mlp.w12.weight" in state
     vit = VisionTransformer(img_size, patch, dim, depth, heads, swiglu, registers, stem=stem).eval()
     load_weights(vit, state)
     return vit
 
 def load_weights(vit, state, source="weights"):
-    """Load a state dict of read_backbone, positions stretched to vit's size; says what is new.
-    UserError if it is another architecture's."""
+    """Loads what read_backbone gave; says what is new. UserError if it does not fit."""
     grid, own = vit.img_size // vit.patch_size, vit.state_dict()
     pos = resize_pos_embed(state["pos_embed"], grid, grid, "register_tokens" in state)
     state = state | {"pos_embed": pos}
@@ -993,16 +999,16 @@ def load_weights(vit, state, source="weights"):
     return f"{source}: {len(state)} tensors loaded; new: {', '.join(sorted(new)) or 'none'}"
 
 # ----------------------------------------
-# Devices and processes. torchrun starts a process for each GPU. Each reads files and trains on its
-# share of a batch; DistributedDataParallel averages their gradients.
+# Devices and processes. torchrun starts one for each GPU, which trains on its share of a batch;
+# DistributedDataParallel averages their gradients.
 
 def cores():
-    """CPU cores for each process."""
+    """Of the CPU, for each process."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(count // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
 
 def choose_device(cfg):
-    """Device and dtype of products. Raises UserError for a device that isn't there."""
+    """Device and dtype of products."""
     local = int(os.environ.get("LOCAL_RANK", 0))
     there = {"cuda": local < torch.cuda.device_count(), "mps": torch.backends.mps.is_available(),
              "cpu": True}
@@ -1037,20 +1043,13 @@ def leave_processes():
         dist.destroy_process_group()
     gc.collect()  # DistributedDataParallel refers to itself
 
-def interrupts(at_end):
-    """A list of the signals that came: the step in hand is finished. Another, after 2 s, exits at
-    once (before that it's an echo: torchrun passes on what all got)."""
-    caught, since = [], []
-
-    def note(which, _):
-        caught.append(which)
-        since.append(time.monotonic())
-        if since[-1] - since[0] > 2:
-            os._exit(128 + which)
-
+def catch_signals(at_end):
+    """A list of the signals that came: none of them ends the process at once any more."""
+    caught = []
     for which in signal.Signals:
         if which.name in ("SIGTERM", "SIGINT", "SIGHUP"):
-            at_end.callback(signal.signal, which, signal.signal(which, note))
+            before = signal.signal(which, lambda which, _: caught.append(which))
+            at_end.callback(signal.signal, which, before)
     return caught
 
 # ----------------------------------------
@@ -1060,20 +1059,20 @@ def flag_of(name):
     return "--" + name.replace("_", "-")
 
 def configure(**given):
-    """A Config: what is given, else a preset, else the default. Raises UserError."""
+    """A Config: what is given, else a preset, else the default."""
     preset = PRESETS.get(given.get("augment"), {}) | PRESETS.get(given.get("arch"), {})
     cfg = Config(**(preset | given))
     for field in dataclasses.fields(Config):
-        value, allowed, flag = getattr(cfg, field.name), field.metadata, flag_of(field.name)
-        numbers = value if isinstance(value, list) else [value]
+        values, allowed, flag = getattr(cfg, field.name), field.metadata, flag_of(field.name)
+        values = values if isinstance(values, list) else [values]
         if isinstance(allowed["default"], list):
-            setattr(cfg, field.name, numbers)  # one will do, in Python too
-        if allowed["choices"] and value not in allowed["choices"]:
-            raise UserError(f"{flag} {value}: choose from {', '.join(allowed['choices'])}")
-        low, high = allowed["low"], allowed["high"]
-        for number in numbers:
-            if isinstance(number, int | float) and not low <= number <= high:
-                raise UserError(f"{flag} {number}: must lie between {low} and {high}")
+            setattr(cfg, field.name, values)  # one will do, in Python too
+        for value in values:
+            if allowed["choices"] and value not in allowed["choices"]:
+                raise UserError(f"{flag} {value}: choose from {', '.join(allowed['choices'])}")
+            low, high = allowed["low"], allowed["high"]
+            if isinstance(value, int | float) and not low <= value <= high:
+                raise UserError(f"{flag} {value}: must lie between {low} and {high}")
     patch = ARCHS[cfg.arch]["patch_size"]
     for size in (cfg.global_size, cfg.local_size * (cfg.local_crops > 0)):
         if size % patch or size > cfg.global_size:
@@ -1083,12 +1082,9 @@ def configure(**given):
     return cfg
 
 def parse_args(argv):
-    """The command line, without --data that of the demo. Raises UserError."""
-    def refuse(message):
-        raise UserError(f"{message} (see --help)")
-
+    """A Config, without --data that of the demo."""
     parser = argparse.ArgumentParser("reddino.py", allow_abbrev=False)
-    parser.error = refuse
+    parser.print_usage = lambda *_: None  # an error is one line
     for field in dataclasses.fields(Config):
         default = field.metadata["default"]
         kind = dict(type=type(default), choices=field.metadata["choices"])
@@ -1103,10 +1099,11 @@ def parse_args(argv):
     return configure(**(given if "data" in given else DEMO | given))
 
 def main(argv=None):
-    """The command line. Exit code 2 and one line for what the user can mend, 128 + signal."""
+    """One line and exit code 2 for what the user can mend; 128 + signal after a signal."""
     sys.stdout.reconfigure(errors="backslashreplace")  # for names that are not UTF-8
     try:
-        cfg, monitor = parse_args(sys.argv[1:] if argv is None else argv), None
+        cfg = parse_args(argv)
+        monitor = None
         if cfg.eval_data:
             from eval import knn_monitor
 
@@ -1124,7 +1121,7 @@ def main(argv=None):
         sys.exit(130)
     except (UserError, OSError, RuntimeError) as error:
         text = " ".join(str(error).split())[:1000]
-        if isinstance(error, BrokenPipeError):  # nobody reads any more: | head, a closed terminal
+        if isinstance(error, BrokenPipeError):  # or Python would complain, too, when it ends
             sys.stdout = open(os.devnull, "w")
         elif re.search("out of memory|allocate", text):
             text = "not enough memory: more --accumulate, or --checkpoint-activations"
@@ -1138,7 +1135,7 @@ def main(argv=None):
         leave_processes()
 
 def who_is_missing():
-    """After an exchange that failed: all processes are to answer within 15 s."""
+    """After an exchange that failed."""
     try:
         dist.monitored_barrier(timeout=timedelta(seconds=15), wait_all_ranks=True)
     except (RuntimeError, ValueError) as missing:

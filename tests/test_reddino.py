@@ -36,8 +36,8 @@ from reddino import (
     build_vit,
     configure,
     load_weights,
-    micro_batches,
     read_backbone,
+    split_batch,
     vit_from_state,
 )
 
@@ -412,16 +412,17 @@ def test_autocast_makes_no_target_and_no_neighbour_coarser(dtype):
 
 
 def test_moving_average_centering_over_several_steps():
-    center, batches = reddino.MovingAverage(5).double(), draw(4, 6, 5) + 2
+    model = DINO(tiny(prototypes=5, centering="moving-average")).double()
+    batches = draw(4, 6, 5) + 2
     for t, batch in enumerate(batches):
         expected = sum(0.1 * 0.9 ** (t - 1 - i) * batches[i].mean(0) for i in range(t))
         for _ in range(2):  # to look twice is not to update twice
-            targets, mean = center(batch, 0.05)
+            targets, mean = model.targets(batch, 0.05, "patch")
             torch.testing.assert_close(targets, torch.softmax((batch - expected) / 0.05, -1))
-        center.update(mean)
+        model.update_teacher(1.0, (mean * 0, mean))
     expected = sum(0.1 * 0.9 ** (3 - i) * batches[i].mean(0) for i in range(4))
-    torch.testing.assert_close(center.center[0], expected)
-    assert "center" in center.state_dict()
+    torch.testing.assert_close(model.centers["patch"][0], expected)
+    assert not model.centers["cls"].any() and len(model.centers.state_dict()) == 2
 
 
 # ------------------------------------------------------------------------------------------- losses
@@ -552,7 +553,7 @@ def inputs(cfg, seed=0, views=2):
 
 
 def batch_of(cfg, parts=1, views=2):
-    return micro_batches(*inputs(cfg, views=views), parts, torch.device("cpu"), torch.float64)
+    return split_batch(*inputs(cfg, views=views), parts, torch.device("cpu"), torch.float64)
 
 
 def plain_losses(cfg, model, global_views, local_views, masks, temp, centers=(0.0, 0.0)):
@@ -762,7 +763,7 @@ def test_the_forward_half_on_a_pretended_gpu(options, spoil, no_gpu_but_cuda, mo
         return
     cfg = tiny(**options)
     model = DINO(cfg).train()
-    (real,) = micro_batches(*inputs(cfg), 1, torch.device("cpu"), torch.float32)
+    (real,) = split_batch(*inputs(cfg), 1, torch.device("cpu"), torch.float32)
 
     def spoilt(logits, temp):
         if spoil == "item":
@@ -999,23 +1000,23 @@ def test_effective_rank_of_a_known_spectrum():
     )
 
 
-def watched(tokens, prototypes=64, entropy=2.0):
-    """Signs and warning after batches of 128 images [B, 2, D]."""
-    last = deque(maxlen=9)
+def watched(tokens, entropy=2.0):
+    """Signs and warning, with 64 prototypes, after batches of 128 images [B, 2, D]."""
+    last = deque(maxlen=1024)
     for batch in tokens.split(128):
-        last.append((batch, batch.flatten(0, 1)[:, :prototypes].argmax(1)))
+        last.extend(batch)
     signs = reddino.watch(last)
-    return signs, reddino.collapse(signs | {"teacher_entropy": entropy}, prototypes)
+    return signs, reddino.collapse(signs | {"teacher_entropy": entropy}, 64)
 
 
 def test_collapse_is_said_in_words_and_health_never():
     signs, warning = watched(torch.randn(2500, 2, 64))
-    assert warning == "" and signs["rank"] > 60 and signs["in_use"] == 64
+    assert warning == "" and signs["rank"] > 60
     assert signs["std"] == pytest.approx(1, rel=0.05)
     constant = torch.randn(1, 1, 64).repeat(2500, 2, 1)
     signs, warning = watched(constant + 1e-4 * torch.randn(2500, 2, 64))
     assert "collapsed" in warning and "\n" not in warning
-    assert signs["in_use"] < 5 and signs["std"] < 0.01
+    assert signs["std"] < 0.01
     assert watched(torch.randn(2500, 2, 1) @ torch.randn(1, 64))[1]  # all on one line
     assert watched(torch.randn(2500, 2, 64), entropy=math.log(64))[1]  # a teacher with no opinion
     assert watched(constant[:1000])[0] == {}  # too few images to say
