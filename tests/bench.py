@@ -181,7 +181,7 @@ def a_batch(cfg, number, device, dtype):
         for r in augment.mask_ratios(0, number, 2 * B)
     ]
     masks = torch.from_numpy(np.stack(masks)).unflatten(0, (B, 2))
-    return reddino.micro_batches(*views, masks, cfg.accumulate, device, dtype)
+    return reddino.split_batch(*views, masks, cfg.accumulate, device, dtype)
 
 
 def train_step(arch, prototypes, local_crops, batch, device, half=True, recompute=False):

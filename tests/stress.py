@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 import smears
 
 # What a line of metrics.jsonl says of the process: its clock, and signs of the images it has seen.
-OF_THE_PROCESS = {"seconds", "rank", "std", "in_use", "match"}
+OF_THE_PROCESS = {"seconds", "rank", "std", "match"}
 
 
 def lines(out: Path) -> list[str]:
