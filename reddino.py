@@ -71,7 +71,8 @@ class Config:
     prototypes: int = opt(131072, "K (RedDino, DINOv2 long; short: 65536)", low=1)
     separate_heads: bool = opt(False, "a head for patches of their own (DINOv2 long)")
     # what it sees
-    unit: str = opt("tiles", "windows of images, or single cells found in them", ["tiles", "cells"])
+    unit: str = opt("tiles", "windows of images, or cells found in them (ct: what is bright)",
+                    ["tiles", "cells"])
     tile_size: list[int] = opt([224], "side in pixels (RedDino); 0: whole; or several")
     window: list[float] = opt([], "LEVEL WIDTH: what is seen of deep grey", low=-math.inf)
     global_size: int = opt(224, "pixels of the global views (DINOv2)", low=1)
