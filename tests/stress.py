@@ -43,8 +43,10 @@ def losses(out: Path) -> list[dict]:
 
 
 def saved(out: Path, name: str = "checkpoint.pth") -> int:
-    """The step of a checkpoint, which has to be there, and whole."""
-    return torch.load(out / name, weights_only=True)["step"]
+    """The step of a checkpoint, which has to be there, and whole. A kill between the two renames of
+    a save leaves previous.pth alone, and the run goes on from that."""
+    path = out / name if (out / name).exists() else out / "previous.pth"
+    return torch.load(path, weights_only=True)["step"]
 
 
 def start(data: Path, out: Path, iters: int) -> subprocess.Popen:
