@@ -414,7 +414,7 @@ class Tiles:
 # RedDino: 32 pixel transforms where DINOv2 has four. Its release switches on 33 of Albumentations'
 # by name, at the defaults of 1.4; the paper counts 32. We leave out RandomFog: in 2.0.8 41 of 88
 # ms. Parameters are written out: 2.0.8's defaults differ (GaussNoise: a std of 51-112 grey levels,
-# once 3-7). Four are visibly something else there, or slow; these are their forms of 1.4.
+# once 3-7). Three are visibly something else there, GlassBlur is slow; these are 1.4's forms.
 
 class GlassBlur(A.ImageOnlyTransform):  # as 2.0.8, in 0.6 ms instead of 4: all pixels walk at once
     def apply(self, img, **params):
@@ -634,7 +634,7 @@ class MultiCrop:
         # alone, in 2.0.8, two workers draw the same, and again in each epoch.
         python_rng, views = random.Random(int(rng.integers(2**62))), []
         for number, crop in enumerate(self.crops):  # cropped first: colour work costs by the pixel
-            transforms = self.recipe[min(number, GLOBAL_VIEWS)]
+            transforms = self.recipe[min(number, 1) if number < GLOBAL_VIEWS else 2]
             if self.augment == "reddino":  # RedDino: four different ones, each with its p
                 transforms = python_rng.sample(TRANSFORMS, TRANSFORMS_PER_VIEW) + FLIPS
             view = tile
@@ -692,7 +692,7 @@ class Batches:
         self.cfg, self.tiles, self.grid = cfg, tiles, cfg.global_size // patch_size
         self.crop = MultiCrop(cfg.augment, cfg.global_size, cfg.local_size, cfg.local_crops,
                               cfg.global_scale, cfg.window)
-        self.slots = range(rank, cfg.batch_size, world)  # gives each its share of each mask ratio
+        self.slots = range(rank, cfg.batch_size, world)
         sources = tiles.sources if cfg.balance else [("", 0, len(tiles))]  # they take turns
         self.pools = [(first, last) for _, first, last in sources if last > first]
         self.lengths = [len(self.order(pool, 0)) for pool in range(len(self.pools))]

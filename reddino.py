@@ -6,8 +6,8 @@
 
 RedDino (Zedda et al., MICCAI 2025, arXiv:2508.08180) is DINOv2 (Oquab et al. 2023,
 arXiv:2304.07193) on red blood cells. DINOv2 is DINO (Caron et al. 2021) plus iBOT (Zhou et al.
-2022). `grep -n "RedDino:" *.py` prints what RedDino changed; all else is DINOv2, and `nano`, which
-is ours. How it works:
+2022). `grep -n "RedDino" *.py` prints what RedDino changed; nearly all else is DINOv2. Ours are
+`nano`, the recipes for other organs, and how images are cut and mixed. How it works:
 
   - A *student* network sees crops of an image, some with patches masked. It says which of K
     *prototypes* each crop (class token) and each masked patch (patch token) belongs to.
@@ -17,9 +17,10 @@ is ours. How it works:
     teacher's answers, so that over a batch all prototypes are used alike.
 
 The first half is the method, in the order in which an image passes (augment.py makes its views);
-it ends with the loop, `train`. The second half is what a run needs besides: checkpoints, weights
-from elsewhere, processes, the command line. Shapes: B images, G = 2 global and L local views of
-each, N patches a view, D dimensions, K prototypes, M masked patches.
+it ends with the loop, `train_steps`. The second half is what a run needs besides: checkpoints,
+weights from elsewhere, processes, the command line. Shapes: B images, G = 2 global and L local
+views of each, N patches a view, T = 1 + registers + N tokens, D dimensions, C of the bottleneck,
+K prototypes, M masked patches, R rows of any kind.
 """
 import argparse
 import copy
@@ -52,7 +53,16 @@ from augment import RECIPES, BadImage, Tiles, UserError, batches, check_window, 
 
 # ----------------------------------------
 # Configuration: the command line is made from this class. Defaults are those of RedDino's released
-# ViT-S; PRESETS says what differs elsewhere. Durations are shares of the run.
+# ViT-S, but for `init`; PRESETS says what differs elsewhere.
+
+ARCHS = {
+    # ours, 1M parameters
+    "nano": dict(embed_dim=128, depth=4, heads=2, patch_size=8, layerscale=1.0, stem="convs"),
+    "vits14": dict(embed_dim=384, depth=12, heads=6, patch_size=14),  # 22M parameters
+    "vitb14": dict(embed_dim=768, depth=12, heads=12, patch_size=14),  # 86M
+    "vitl14": dict(embed_dim=1024, depth=24, heads=16, patch_size=14),  # 304M
+    "vitg14": dict(embed_dim=1536, depth=40, heads=24, patch_size=14, swiglu=True),  # 1.1B
+}
 
 def opt(default, text, choices=None, low=0, high=10**9):
     """An option: its default, help, and what it may be (numbers: from low to high)."""
@@ -64,10 +74,10 @@ class Config:
     data: list[str] = opt([], "folders of images, searched recursively; each is a source")
     out: str = opt("out", "folder of checkpoints, metrics, backbone.pth; a run goes on there")
     # what is trained
-    arch: str = opt("vits14", "the backbone", ["nano", "vits14", "vitb14", "vitl14", "vitg14"])
+    arch: str = opt("vits14", "the backbone", list(ARCHS))
     init: str = opt("", "start from a backbone: a file, dinov2_vits14, ..., hf_hub:OWNER/NAME")
     registers: int = opt(0, "register tokens (Darcet et al. 2024: 4; RedDino: none)")
-    drop_path: float = opt(0.0, "stochastic depth (DINOv2: 0.3; RedDino, in effect: 0)", high=0.99)
+    drop_path: float = opt(0.0, "stochastic depth (DINOv2: 0.3, 0.4; RedDino: 0)", high=0.99)
     prototypes: int = opt(131072, "K (RedDino, DINOv2 long; short: 65536)", low=1)
     separate_heads: bool = opt(False, "a head for patches of their own (DINOv2 long)")
     # what it sees
@@ -79,7 +89,7 @@ class Config:
     local_size: int = opt(98, "pixels of the local views (DINOv2 with patch 14)", low=1)
     local_crops: int = opt(1, "local views of an image (RedDino: 1; DINOv2: 8)", high=100)
     global_scale: float = opt(0.32, "least area share of a global view (DINOv2)", low=0.06, high=1)
-    augment: str = opt("reddino", "pixel transforms: RedDino's, an organ's, none", list(RECIPES))
+    augment: str = opt("reddino", "pixel transforms; none: flips and turns alone", list(RECIPES))
     balance: bool = opt(False, "draw from the folders evenly, whatever their sizes")
     mix: int = opt(0, "images a batch comes from; 0: any; 1: stain gives no clue")
     # the objective
@@ -101,7 +111,7 @@ class Config:
     eval_data: list[str] = opt([], "labelled cells as in eval.py: 20-NN at each checkpoint")
     # the machine
     seed: int = opt(0, "of everything random")
-    workers: int = opt(-1, "loading processes of each process; -1: by cores", low=-1, high=1024)
+    workers: int = opt(-1, "loading processes; -1: 1 beside a CPU, or by cores", low=-1, high=1024)
     device: str = opt("auto", "where to compute", ["auto", "cpu", "cuda", "mps"])
     dtype: str = opt("auto", "of products; auto: bfloat16 where the hardware has it",
                      ["auto", "float32", "bfloat16", "float16", "float64"])
@@ -200,9 +210,10 @@ class SwiGLU(nn.Module):
         return self.w3(F.silu(gate) * value)
 
 class Block(nn.Module):
-    """One layer, [B, N, D] to [B, N, D], with stochastic depth (Huang et al. 2016): in training,
-    drop_path of the images skip a branch. As in DINOv2 it isn't computed for them; the others' is
-    scaled up to keep the mean. `place` sets how a block rounds: together they meet drop_path."""
+    """One layer, [B, T, D] to [B, T, D], with stochastic depth (Huang et al. 2016): in training a
+    share of the images, drop_path, skips a branch. As in DINOv2 a branch is computed for the images
+    kept alone, times B / kept. B x drop_path is rarely whole: by `place` some blocks round up and
+    others down, so that the mean is right."""
 
     def __init__(self, dim, heads, ffn, layerscale, drop_path, place=0.5):
         super().__init__()
@@ -252,9 +263,9 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.apply(init_linear)
 
-    def tokens(self, x, masks=None):
-        """Images [B, 3, H, W] to the blocks' input [B, 1 + registers + N, D]. Masked patches, bool
-        [B, N], lose their content and keep their position: what belongs *there*?"""
+    def forward_features(self, x, masks=None):
+        """Images [B, 3, H, W] to class token [B, D] and patch tokens [B, N, D]. Masked patches,
+        bool [B, N], lose their content and keep their position: what belongs *there*?"""
         (height, width), p = x.shape[-2:], self.patch_size
         if height % p or width % p:
             raise UserError(f"{width} x {height} pixels are no whole {p}-pixel patches")
@@ -267,12 +278,8 @@ class VisionTransformer(nn.Module):
         x = x + resize_pos_embed(self.pos_embed, height // p, width // p, self.registers)
         if self.registers:  # they have no position
             x = torch.cat([x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]], dim=1)
-        return x
 
-    def forward_features(self, x, masks=None):
-        """Class token [B, D] and patch tokens [B, N, D], after the final norm."""
-        x = self.tokens(x, masks)
-        for block in self.blocks:
+        for block in self.blocks:  # [B, T, D]
             again = self.checkpoint_activations  # computed again in the backward pass
             x = recompute(block, x, use_reentrant=False) if again else block(x)
         x = self.norm(x)
@@ -292,17 +299,8 @@ def init_linear(module):
             nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
 
-ARCHS = {
-    # ours, 1M parameters
-    "nano": dict(embed_dim=128, depth=4, heads=2, patch_size=8, layerscale=1.0, stem="convs"),
-    "vits14": dict(embed_dim=384, depth=12, heads=6, patch_size=14),  # 22M parameters
-    "vitb14": dict(embed_dim=768, depth=12, heads=12, patch_size=14),  # 86M
-    "vitl14": dict(embed_dim=1024, depth=24, heads=16, patch_size=14),  # 304M
-    "vitg14": dict(embed_dim=1536, depth=40, heads=24, patch_size=14, swiglu=True),  # 1.1B
-}
-
 def build_vit(arch, img_size=224, **overrides):
-    """A VisionTransformer of ARCHS (DINOv2, table 16), with random weights."""
+    """A VisionTransformer of ARCHS (DINOv2, appendix), with random weights."""
     return VisionTransformer(img_size, **(ARCHS[arch] | overrides))
 
 # ----------------------------------------
@@ -333,7 +331,7 @@ class DINOHead(nn.Module):
         v = nn.init.kaiming_uniform_(torch.empty(K, bottleneck), a=math.sqrt(5))  # as DINOv2
         self.last_layer = nn.ParameterDict({"weight_g": torch.ones(K, 1), "weight_v": v})
 
-    def prototypes(self):  # [K, bottleneck]: g * v / |v|
+    def prototypes(self):  # [K, C]: g * v / |v|
         return torch._weight_norm(self.last_layer.weight_v, self.last_layer.weight_g)
 
     def bottleneck(self, x):
@@ -358,7 +356,7 @@ def all_reduce(x, op=dist.ReduceOp.SUM):
 def sinkhorn_knopp(logits, temp, n_iters=3):
     """Teacher logits [R, K] to targets [R, K]: rows sum to 1, each prototype gets about R/K.
 
-    RedDino: as DINOv2's long recipe has it; its code's default is the moving average below.
+    RedDino: takes it, as DINOv2's long recipe does. DINOv2's default is moving_average, below.
     Divide the columns of exp(logits / temp) by their sums, over all processes, then the rows by
     theirs, in turn.
     """
@@ -392,11 +390,12 @@ class LinearCrossEntropy(torch.autograd.Function):
     With K = 131,072, logits, softmax and their gradient would outweigh all else in memory. But the
     gradient is known, softmax minus target: it is written down on the way forward, and the logits
     are gone (as in language models: Hsu et al. 2024, Liger). Under autocast only products are in
-    half precision; weights are multiplied in after them: float16 would make them 0.
+    half precision. float16 would make small weights 0: those of prototypes are divided by their
+    mean before the product, and multiplied by it after; those of x come after.
     """
 
     @staticmethod
-    def forward(ctx, x, prototypes, targets, weights, temp):  # [R, D], [K, D], [R, K], [R], float
+    def forward(ctx, x, prototypes, targets, weights, temp):  # [R, C], [K, C], [R, K], [R], float
         dtype = (x[:0] @ prototypes[:0].T).dtype  # autocast's, where it is on
         p, half_x = prototypes.to(dtype), x.to(dtype)  # once, not for each few rows
         mean = (weights.sum() / max(len(x), 1)).clamp_min(1e-30)
@@ -408,7 +407,8 @@ class LinearCrossEntropy(torch.autograd.Function):
             t = targets[rows].to(x.dtype)
             log_q = F.log_softmax((half_x[rows] @ p.T).to(x.dtype).div_(temp), dim=1)  # [rows, K]
             loss -= (weights[rows, None] * t * log_q).sum()
-            error = (log_q.exp_() * t.sum(1, keepdim=True)).sub_(t).to(dtype)  # d loss / d logits
+            # the gradient, but for weights and 1/temp; t sums to more than 1 for several answers
+            error = (log_q.exp_() * t.sum(1, keepdim=True)).sub_(t).to(dtype)
             grad_x[rows] = error @ p
             grad_p += error.T @ weighted[rows]
         ctx.save_for_backward(grad_x * (weights / temp)[:, None], grad_p.mul_(mean / temp))
@@ -419,26 +419,22 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_x, grad_p = ctx.saved_tensors
         return grad * grad_x, grad * grad_p, None, None, None
 
-def cross_entropy(head, tokens, targets, weights):
-    """Of tokens [R, D] with targets [R, K], weighted by [R] and summed; temperature 0.1: DINO."""
-    x = head.bottleneck(tokens)
-    return LinearCrossEntropy.apply(x, head.prototypes(), targets, weights.to(x.dtype), 0.1)
-
 def dino_loss(head, cls, local_cls, targets):
-    """Class-token loss: each student view, global [B, G, D] or local [B, L, D], against each
-    teacher view [B, G, K] but its own, averaged over pairs. It is linear in the targets, so they
-    are added up first."""
+    """Class-token loss, averaged over pairs of views: a global view of the student, [B, G, D], gets
+    the answers of all other teacher views, [B, G, K], and a local one, [B, L, D], those of all. As
+    -sum t log q is linear in t, answers are added first. Temperature 0.1: DINO."""
     B, G, L = *targets.shape[:2], local_cls.shape[1]
     everyones = targets.sum(1, keepdim=True)  # [B, 1, K]
     answers = torch.cat([everyones - targets, everyones.expand(B, L, -1)], dim=1)  # [B, G + L, K]
-    tokens = torch.cat([cls, local_cls], dim=1).flatten(0, 1)  # [B (G + L), D]
-    weights = torch.full((len(tokens),), 1 / (B * G * (G - 1 + L)), device=tokens.device)
-    return cross_entropy(head, tokens, answers.flatten(0, 1), weights)
+    x = head.bottleneck(torch.cat([cls, local_cls], dim=1).flatten(0, 1))  # [B (G + L), C]
+    weights = x.new_full((len(x),), 1 / (B * G * (G - 1 + L)))
+    return LinearCrossEntropy.apply(x, head.prototypes(), answers.flatten(0, 1), weights, 0.1)
 
-def ibot_loss(head, patches, targets, weights, views):
+def ibot_loss(head, patches, targets, patch_weights, views):
     """Patch-token loss: masked patches [M, D] against targets [M, K], averaged within each masked
-    view (weights [M]: 1 / its masked patches), divided by all views."""
-    return cross_entropy(head, patches, targets, weights / views)
+    view (patch_weights [M]: 1 / its masked patches), divided by all views."""
+    x, weights = head.bottleneck(patches), patch_weights / views  # [M, C], [M]
+    return LinearCrossEntropy.apply(x, head.prototypes(), targets, weights, 0.1)
 
 def koleo_loss(x, eps=1e-8):
     """-mean log distance of each class token [B, D] to its nearest neighbour on the unit sphere
@@ -451,17 +447,18 @@ def koleo_loss(x, eps=1e-8):
 
 # ----------------------------------------
 # One training step: the teacher looks at a batch and gives targets; the student looks at it, a
-# micro-batch at a time, and gives losses. All tensors have the images first.
+# micro-batch at a time, and gives losses.
 
 def split_batch(global_views, local_views, masks, parts, device, dtype):
-    """uint8 views [B, G, 3, H, W] and [B, L, 3, h, w], masks bool [B, G, N], to micro-batches on
-    the device: views, masks, index of masked patches and their weights [M]. Patches are counted
-    here, on the CPU: on a GPU to count is to wait."""
+    """uint8 views [B, G, 3, S, S] and [B, L, 3, s, s], masks bool [B, G, N], to micro-batches on
+    the device: views as floats, masks; index [M], the places of masked patches among B*G*N; and
+    patch_weights [M], 1 / the masked patches of the same view. These are made here, on the CPU: on
+    a GPU to count is to wait."""
     micro_batches = []
     for views, small, mask in zip(*(t.chunk(parts) for t in (global_views, local_views, masks))):
-        index = mask.flatten().nonzero().squeeze(1)  # into B * G * N
-        weights = (1 / mask.sum(2, keepdim=True).clamp_min(1)).expand_as(mask)[mask]
-        moved = [t.to(device, non_blocking=True) for t in (mask, index, weights.to(dtype))]
+        index = mask.flatten().nonzero().squeeze(1)
+        patch_weights = (1 / mask.sum(2, keepdim=True).clamp_min(1)).expand_as(mask)[mask]
+        moved = [t.to(device, non_blocking=True) for t in (mask, index, patch_weights.to(dtype))]
         views, small = (normalise(t, device, dtype) for t in (views, small))
         micro_batches.append((views, small, *moved))
     return micro_batches
@@ -490,33 +487,32 @@ class DINO(nn.Module):
                  for name in sorted({"dino_head", self.patch_head})}
         return nn.ModuleDict({"backbone": vit} | heads)
 
-    def targets(self, logits, temp, kind):
-        """Teacher logits [R, K] to targets [R, K]; and their mean, or None."""
-        if self.centers:
-            return moving_average(logits, temp, self.centers[kind])
-        return sinkhorn_knopp(logits, temp), None
-
     @torch.no_grad()
     def teacher_targets(self, micro_batches, temp):
         """For each micro-batch the targets of class tokens [B, G, K] and masked patches [M, K],
         balanced over the whole batch; and what the loop watches, and needs for the centers."""
-        cls, patches = [], []
+        cls, patches = [], []  # of each micro-batch
         for global_views, _, _, index, _ in micro_batches:
-            tokens, all_patches = self.teacher["backbone"].forward_features(
+            one_cls, all_patches = self.teacher["backbone"].forward_features(
                 global_views.flatten(0, 1))
-            cls.append(tokens.unflatten(0, global_views.shape[:2]))  # [B, G, D]
+            cls.append(one_cls.unflatten(0, global_views.shape[:2]))  # [B, G, D]
             patches.append(all_patches.flatten(0, 1)[index])  # [M, D]
-        tokens = torch.cat(cls)
-        logits = self.teacher["dino_head"](tokens.flatten(0, 1))  # [B G, K]
-        targets, mean = self.targets(logits, temp, "cls")
-        patch_logits = self.teacher[self.patch_head](torch.cat(patches))
-        patch_targets, patch_mean = self.targets(patch_logits, temp, "patch")
+        all_cls = torch.cat(cls)
+        logits = self.teacher["dino_head"](all_cls.flatten(0, 1))  # [B G, K]
+        patch_logits = self.teacher[self.patch_head](torch.cat(patches))  # [M, K]
+        if self.centers:
+            targets, mean = moving_average(logits, temp, self.centers["cls"])
+            patch_targets, patch_mean = moving_average(patch_logits, temp, self.centers["patch"])
+        else:
+            targets, mean = sinkhorn_knopp(logits, temp), None
+            patch_targets, patch_mean = sinkhorn_knopp(patch_logits, temp), None
         entropy = torch.special.entr(F.softmax(widen(logits) / temp, dim=1)).sum(1).mean()
-        seen = {"cls": tokens, "entropy": entropy, "means": (mean, patch_mean)}
-        targets = targets.unflatten(0, tokens.shape[:2]).split([len(c) for c in cls])
-        return list(zip(targets, patch_targets.split([len(p) for p in patches]))), seen
+        seen = {"cls": all_cls, "entropy": entropy, "means": (mean, patch_mean)}
+        targets = targets.unflatten(0, all_cls.shape[:2]).split([len(one) for one in cls])
+        return list(zip(targets, patch_targets.split([len(one) for one in patches]))), seen
 
-    def forward(self, global_views, local_views, masks, index, weights, targets, patch_targets):
+    def forward(self, global_views, local_views, masks, index, patch_weights, targets,
+                patch_targets):
         """The student's losses on a micro-batch, by name; their sum is minimised. A new loss is a
         function and a line here. Shapes: see split_batch and teacher_targets."""
         backbone = self.student["backbone"]
@@ -524,11 +520,12 @@ class DINO(nn.Module):
         cls, patches = backbone.forward_features(global_views.flatten(0, 1), masks.flatten(0, 1))
         cls, patches = cls.unflatten(0, (B, G)), patches.flatten(0, 1)[index]  # [B, G, D], [M, D]
         local_cls = cls[:, :0]
-        if L:  # RedDino: 1 local view for DINOv2's 8
+        if L:  # RedDino: 1 local view instead of DINOv2's 8
             local_cls = backbone(local_views.flatten(0, 1)).unflatten(0, (B, L))
 
         losses = {"dino": dino_loss(self.student["dino_head"], cls, local_cls, targets)}
-        ibot = ibot_loss(self.student[self.patch_head], patches, patch_targets, weights, B * G)
+        patch_head = self.student[self.patch_head]
+        ibot = ibot_loss(patch_head, patches, patch_targets, patch_weights, B * G)
         losses["ibot"] = self.cfg.ibot * ibot
         if self.cfg.koleo:  # RedDino: left out, as it pushes apart the many cells that are alike
             losses["koleo"] = self.cfg.koleo * sum(koleo_loss(view) for view in cls.unbind(1))
@@ -536,11 +533,11 @@ class DINO(nn.Module):
 
     @torch.no_grad()
     def update_teacher(self, momentum, means=()):
-        """teacher = momentum * teacher + (1 - momentum) * student, and the centers likewise."""
+        """teacher = momentum * teacher + (1 - momentum) * student; centers move by 0.1 (DINO)."""
         teacher, student = list(self.teacher.parameters()), list(self.student.parameters())
         torch._foreach_lerp_(teacher, student, 1 - momentum)
         for center, mean in zip(self.centers.values(), means):
-            center.lerp_(mean.to(center.dtype), 1 - 0.9)  # 0.9: DINO
+            center.lerp_(mean.to(center.dtype), 0.1)
 
 def train_step(parallel, micro_batches, temp, autocast, scaler):
     """Leaves gradients in the student; returns its losses and what the teacher saw. parallel: DINO,
@@ -548,15 +545,16 @@ def train_step(parallel, micro_batches, temp, autocast, scaler):
     model = getattr(parallel, "module", parallel)
     with autocast:
         targets, seen = model.teacher_targets(micro_batches, temp)
-    parts, total = len(micro_batches), {}
+    count, total = len(micro_batches), {}
     for number, (micro_batch, answers) in enumerate(zip(micro_batches, targets), 1):
-        alone = parallel is not model and number < parts  # gradients are exchanged at the last
-        with parallel.no_sync() if alone else nullcontext():
+        # DistributedDataParallel exchanges gradients in the last backward pass only
+        wait = parallel is not model and number < count
+        with parallel.no_sync() if wait else nullcontext():
             with autocast:
-                losses = parallel(*micro_batch, *answers)
-            scaler.scale(sum(losses.values()) / parts).backward()
+                losses = parallel(*micro_batch, *answers)  # DINO.forward
+            scaler.scale(sum(losses.values()) / count).backward()
         for name, value in losses.items():
-            total[name] = total.get(name, 0) + value.detach() / parts
+            total[name] = total.get(name, 0) + value.detach() / count
     return total, seen
 
 # ----------------------------------------
@@ -589,7 +587,7 @@ def make_optimizer(student):
     linear = "stem" not in student["backbone"].patch_embed
     for name, parameter in student.named_parameters():
         rate = 0.2 if name.startswith("backbone.patch_embed") and linear else 1.0
-        decay = parameter.dim() > 1  # biases, norms and gains are vectors
+        decay = parameter.dim() > 1  # biases, norms and LayerScale's gains are vectors
         follows = "backbone_lr" if name.startswith("backbone") else "lr"
         group = dict(params=[], rate=rate, decay=decay, follows=follows)
         groups.setdefault((rate, decay, follows), group)["params"].append(parameter)
@@ -627,6 +625,7 @@ def train_steps(cfg, run, monitor):
     model, optimizer, scaler = run.model, run.optimizer, run.scaler
     bad_in_a_row = 0
     for *views_and_masks, tile_numbers in batches_of(run):
+        # uint8 [B, G, 3, S, S] and [B, L, 3, s, s], bool [B, G, N]; B: this process's images
         # --- forward and backward
         now = schedules(cfg, run.step)
         apply_schedules(optimizer, now)
@@ -875,8 +874,9 @@ def effective_rank(features):
     return float(torch.exp(-(p * p.log()).sum()))
 
 def watch(last):
-    """From class tokens [G, D] of 1,024 images. std: spread on the unit sphere. match: how often a
-    view's nearest among second views of 64 images is that of its own; by chance 1/64."""
+    """From the teacher's class tokens [G, D] of 1,024 images. std: spread on the unit sphere.
+    match: how often a view's nearest among second views of 64 images is that of its own; by chance
+    1/64."""
     if len(last) < 1024:
         return {}
     cls = torch.stack(list(last)).float()  # [1024, G, D]
@@ -902,7 +902,7 @@ HUB = "https://dl.fbaipublicfiles.com/dinov2/dinov2_{0}/dinov2_{0}{1}_pretrain.p
 DINOV2 = {f"dinov2_vit{size}14{registers[:4]}": HUB.format(f"vit{size}14", registers)
           for size in "sblg" for registers in ("", "_reg4")}
 # Attention heads by width: weights don't show their number.
-HEADS = {128: 2, 192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1536: 24}
+HEADS = {192: 3, 1280: 16} | {arch["embed_dim"]: arch["heads"] for arch in ARCHS.values()}
 PLAIN = [argparse.Namespace, np.dtype, np.dtypes.Float64DType, np.dtypes.Int64DType,
          np._core.multiarray.scalar]  # what DINO's and others' files hold, too
 
