@@ -207,14 +207,15 @@ def curves(figure, path):
     title = "A view finds its partner among 64 (chance: 2%)" + "\n20-NN, weighted F1" * bool(names)
     shares.set(title=title, xlabel="step", ylabel="%")
 
-def demo_figures(out, table, untrained, trained, crop=80, device="auto", log=print):
+def demo_figures(out, table, trained, crop=80, device="auto", log=print):
     """neighbours.png, tokens.png and, of OUT/metrics.jsonl, curves.png in OUT/scores: their paths.
-    table: cells that training has not seen; untrained, trained: as --weights."""
+    table: cells that training has not seen; trained: as --weights."""
     cells, folder = ev.read_cells(str(table)), Path(out, "scores")
     image = augment.read_image(cells.files[0])
     crops, pictures, features = torch.cat(list(ev.crops_of(cells, crop, 224))), {"image": image}, {}
-    for name, path in (("before training", untrained), ("after training", trained)):
-        backbone = ev.load_backbone(path, device=device)
+    after = ev.load_backbone(trained, device=device)
+    before = ev.load_backbone("random", device=device, like=after)
+    for name, backbone in (("before training", before), ("after training", after)):
         features[name] = ev.extract_features(backbone, crops)
         pictures[name] = list(smear(backbone, image, crop).values())[1]
     folder.mkdir(exist_ok=True)

@@ -408,7 +408,7 @@ def demo(cfg):
     trained, crop = reddino.train(dataclasses.replace(cfg, data=[str(seen)])), cfg.tile_size[0]
     weights = dict(pixels="pixels", colour="colour", untrained="random", trained=trained)
     evaluate(unseen, weights, ["knn", "linear"], crop, Path(cfg.out, "scores"), cfg.device)
-    print("pictures:", *demo_figures(cfg.out, unseen, "random", trained, crop, cfg.device))
+    print("pictures:", *demo_figures(cfg.out, unseen, trained, crop, cfg.device))
 
 def main():
     parser = argparse.ArgumentParser(description="Draw thin blood smears with labelled red cells.")

@@ -82,14 +82,14 @@ def test_neighbours_are_the_nearest_of_other_groups():
 
 def test_demo_pictures(tmp_path):
     data = draw_cells(tmp_path, 4)
-    paths = [tmp_path / "before.pth", tmp_path / "after.pth"]
-    for path in paths:
-        torch.save(small().state_dict(), path)
+    torch.save(small().state_dict(), tmp_path / "trained.pth")
     steps = [{"step": s, "loss": 5 - s / 10} | ({"knn": 0.5, "knn1": 0.4} if s % 5 == 0 else {})
              for s in range(20)]  # fmt: skip
     (tmp_path / "metrics.jsonl").write_text("\n".join(json.dumps(step) for step in steps))
     said = []
-    drawn = figures.demo_figures(tmp_path, data, *paths, crop=24, device="cpu", log=said.append)
+    drawn = figures.demo_figures(
+        tmp_path, data, tmp_path / "trained.pth", crop=24, device="cpu", log=said.append
+    )
     assert [path.name for path in drawn] == ["neighbours.png", "tokens.png", "curves.png"]
     assert said == []
 
