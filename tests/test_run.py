@@ -449,6 +449,19 @@ def test_data_that_moved_goes_on_and_others_are_told(images, whole, tmp_path, mo
     assert "bit for bit" in capsys.readouterr().out
 
 
+def test_a_third_global_view_is_one_number(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(augment, "GLOBAL_VIEWS", 3)
+    shapes, forward = [], reddino.DINO.forward
+
+    def seen(self, global_views, local_views, *rest):
+        shapes.append((global_views.shape[1], local_views.shape[1]))
+        return forward(self, global_views, local_views, *rest)
+
+    monkeypatch.setattr(reddino.DINO, "forward", seen)
+    go(images, tmp_path / "out", iters=2, workers=0, local_crops=2)
+    assert shapes == [(3, 2)] * 2 and not any(s["skipped"] for s in metrics(tmp_path / "out"))
+
+
 def test_two_runs_in_one_folder(images, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     with reddino.lock(tmp_path / "out"):
