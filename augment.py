@@ -695,8 +695,8 @@ class Batches:
         self.slots = range(rank, cfg.batch_size, world)
         sources = tiles.sources if cfg.balance else [("", 0, len(tiles))]  # they take turns
         self.pools = [(first, last) for _, first, last in sources if last > first]
-        self.lengths = [len(self.order(pool, 0)) for pool in range(len(self.pools))]
-        self.orders = {}  # pool: (epoch, its order)
+        self.orders = {pool: (0, self.order(pool, 0)) for pool in range(len(self.pools))}
+        self.lengths = [len(order) for _, order in self.orders.values()]  # orders: of an epoch
 
     def order(self, pool, epoch):
         """Numbers of the tiles of a pool as they come in an epoch."""
@@ -708,7 +708,7 @@ class Batches:
         in the place of the epoch's gives it other views."""
         turn, pool = divmod(sample, len(self.pools))
         epoch, place = divmod(turn, self.lengths[pool])
-        if pool not in self.orders or self.orders[pool][0] != epoch:
+        if self.orders[pool][0] != epoch:
             self.orders[pool] = epoch, self.order(pool, epoch)
         return sample if self.cfg.mix == 1 else epoch, int(self.orders[pool][1][place])
 

@@ -6,7 +6,7 @@
 
 RedDino (Zedda et al., MICCAI 2025, arXiv:2508.08180) is DINOv2 (Oquab et al. 2023,
 arXiv:2304.07193) on red blood cells. DINOv2 is DINO (Caron et al. 2021) plus iBOT (Zhou et al.
-2022). `grep -n "RedDino" *.py` prints what RedDino changed; nearly all else is DINOv2. Ours are
+2022). `grep -n "RedDino:" *.py` prints what RedDino changed; nearly all else is DINOv2. Ours are
 `nano`, the recipes for other organs, and how images are cut and mixed. How it works:
 
   - A *student* network sees crops of an image, some with patches masked. It says which of K
