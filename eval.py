@@ -636,11 +636,13 @@ def measure_tuned(backbone, crops, cells, parts, kinds, seed):
             results[f"fine-tuned, {kind}"] = result | {"trained": net.trained}
     return results
 
-def knn_monitor(tables, size, window=None, crop=80):
+def knn_monitor(cfg):
     """For reddino.py --eval-data: monitor(backbone, device) gives {"knn": weighted F1 of 20-NN on
     the first table, "knn1": on the second, ...}. Tables and images are read once."""
-    sets = []
-    for table in tables:
+    sets, size = [], cfg.global_size
+    window = cfg.window or ([40, 400] if cfg.augment == "ct" else None)
+    crop = cfg.tile_size[0] if cfg.unit == "cells" else 80
+    for table in cfg.eval_data:
         cells = read_cells(table, window=window)
         parts = next(iter(make_splits(cells, 5, 0, quiet).values()))
         sets.append((torch.cat(list(crops_of(cells, crop, size))), cells, parts))

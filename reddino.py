@@ -36,7 +36,7 @@ import time
 import zipfile
 import zlib
 from collections import OrderedDict, deque
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -98,7 +98,7 @@ class Config:
     koleo: float = opt(0.0, "weight of KoLeo (DINOv2: 0.1; RedDino takes it out)")
     ibot: float = opt(1.0, "weight of the patch-token loss (DINOv2)")
     teacher_temp: float = opt(0.07, "the teacher's, at first at most 0.04 (DINO)", low=1e-6)
-    teacher_temp_warmup: float = opt(3.0, "a share (RedDino: 30 epochs of 10; DINOv2: 0.3)")
+    teacher_temp_warmup: float = opt(3.0, "of all steps (RedDino: 30/10 epochs; DINOv2: 0.3)")
     # the optimiser
     iters: int = opt(19500, "optimiser steps (RedDino S: 10 x 1,950)", low=1)
     batch_size: int = opt(560, "images a step, over all processes (RedDino S: 2 GPUs x 280)", low=1)
@@ -122,10 +122,10 @@ class Config:
 
 PRESETS = {
     # From scratch, on little data, in minutes (a search on drawn smears: tests/RESULTS.md). Squares
-    # of 56 pixels hold a cell and little else: by its neighbours a view would be found too easily.
+    # of 56 pixels hold one cell: its neighbours would give away which views belong together.
     "nano": dict(prototypes=256, tile_size=[56], global_size=40, local_size=16, local_crops=0,
                  global_scale=0.7, augment="cells", koleo=0.1, ibot=0.1, momentum=0.95,
-                 teacher_temp=0.03, iters=1000, batch_size=48, lr=4e-3, warmup=0.1,
+                 teacher_temp=0.03, iters=1300, batch_size=48, lr=4e-3, warmup=0.1,
                  weight_decay_end=0.04),
     "vitb14": dict(iters=36500, batch_size=392),  # RedDino B: 2 GPUs x 196, 10 x 3,650 steps
     "vitl14": dict(iters=109000, batch_size=128),  # RedDino L: 2 GPUs x 64, 10 x 10,900 steps
@@ -139,7 +139,7 @@ DEMO = dict(arch="nano", unit="cells", mix=1)  # what it draws tells its classes
 # linearly to D dimensions. To each it adds a learned embedding of its position. At another image
 # size the grid of positions is stretched bicubically. (Dosovitskiy et al. 2021, section 3.1.)
 
-def widen(x):
+def upcast(x):
     """At least float32, for exponentials and long sums, whatever autocast gave."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -152,7 +152,7 @@ def resize_pos_embed(pos, height, width, registers=0):
     size = dict(scale_factor=((height + 0.1) / n, (width + 0.1) / n))
     if registers:
         size = dict(size=(height, width), antialias=True)
-    grid = widen(pos[:, 1:]).reshape(1, n, n, -1).permute(0, 3, 1, 2)  # [1, D, n, n]
+    grid = upcast(pos[:, 1:]).reshape(1, n, n, -1).permute(0, 3, 1, 2)  # [1, D, n, n]
     grid = F.interpolate(grid, mode="bicubic", **size).flatten(2).transpose(1, 2)
     return torch.cat([pos[:, :1], grid.to(pos.dtype)], dim=1)
 
@@ -173,8 +173,8 @@ def conv_stem():
 # named as in DINOv2's checkpoints.
 
 class Attention(nn.Module):
-    """Multi-head self-attention, [B, N, D] to [B, N, D]: each token takes from all others what
-    softmax(q k / sqrt(D / heads)) gives it of their v (Vaswani et al. 2017)."""
+    """Multi-head self-attention, [B, N, D] to [B, N, D]: each token gets the mean of all
+    tokens' v, weighted by softmax(q k / sqrt(D / heads)) (Vaswani et al. 2017)."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -185,7 +185,7 @@ class Attention(nn.Module):
     def forward(self, x):
         qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, N, D / heads]
-        if x.device.type == "cpu" and q.shape[2] < 64:  # nano's step would take 1.2 times as long
+        if x.device.type == "cpu" and q.shape[2] < 512:  # on a CPU 1.1 to 1.2 times as fast
             weights = (q @ k.transpose(2, 3) / math.sqrt(q.shape[3])).softmax(3)
             x = weights.to(v.dtype) @ v
         else:
@@ -211,9 +211,9 @@ class SwiGLU(nn.Module):
 
 class Block(nn.Module):
     """One layer, [B, T, D] to [B, T, D], with stochastic depth (Huang et al. 2016): in training a
-    share of the images, drop_path, skips a branch. As in DINOv2 a branch is computed for the images
-    kept alone, times B / kept. B x drop_path is rarely whole: by `place` some blocks round up and
-    others down, so that the mean is right."""
+    share of the images, drop_path, skips a branch. As in DINOv2 a branch is computed only for the
+    images kept, then scaled by B / kept. B x drop_path is rarely whole: `place` makes some blocks
+    round up and others down, so that the mean is right."""
 
     def __init__(self, dim, heads, ffn, layerscale, drop_path, place=0.5):
         super().__init__()
@@ -311,11 +311,11 @@ HEAD_SIZES = {"nano": dict(hidden=256, bottleneck=64, standardise=True)}
 
 class Standardise(nn.Module):
     """Each channel of [R, D] to mean 0 and variance 1 over the rows: a batch norm without a memory.
-    For nano alone, as in DINO's heads of convolutional networks: at first class tokens differ by 5%
-    of their length, and what they share would drown it (20-NN after 1,000 steps: 64 for 60)."""
+    For nano alone, as in DINO's heads of convolutional networks: at first class tokens are the
+    same up to 5% of their length, which would be lost (20-NN, 1,000 steps: 64 with it, else 60)."""
 
     def forward(self, x):
-        x = widen(x)
+        x = upcast(x)
         return (x - x.mean(0)) * (x.var(0, correction=0) + 1e-5).rsqrt()
 
 class DINOHead(nn.Module):
@@ -334,11 +334,11 @@ class DINOHead(nn.Module):
     def prototypes(self):  # [K, C]: g * v / |v|
         return torch._weight_norm(self.last_layer.weight_v, self.last_layer.weight_g)
 
-    def bottleneck(self, x):
-        return F.normalize(widen(self.mlp(x)), dim=-1)
+    def on_sphere(self, x):  # [R, C], of length 1
+        return F.normalize(upcast(self.mlp(x)), dim=-1)
 
     def forward(self, x):
-        return F.linear(self.bottleneck(x), self.prototypes())
+        return F.linear(self.on_sphere(x), self.prototypes())
 
 # ----------------------------------------
 # The teacher's targets. Its softmax alone would let everything fall onto one prototype. Sinkhorn-
@@ -360,7 +360,7 @@ def sinkhorn_knopp(logits, temp, n_iters=3):
     Divide the columns of exp(logits / temp) by their sums, over all processes, then the rows by
     theirs, in turn.
     """
-    logits = widen(logits)
+    logits = upcast(logits)
     top = logits.amax() if len(logits) else logits.new_tensor(-math.inf)
     top = all_reduce(top, dist.ReduceOp.MAX)
     q = (logits - top).div_(temp).clamp_(min=-80).exp_()  # e^-80: nothing, but no column sums to 0
@@ -372,7 +372,7 @@ def sinkhorn_knopp(logits, temp, n_iters=3):
 def moving_average(logits, temp, center):
     """Teacher logits [R, K] to targets [R, K], DINO's: softmax((logits - center) / temp). And the
     mean of the rows of all processes, [1, K], towards which the center moves after the step."""
-    logits = widen(logits)
+    logits = upcast(logits)
     rows = all_reduce(logits.new_tensor(float(len(logits))))
     mean = all_reduce(logits.sum(0, keepdim=True)) / rows.clamp_min(1)
     return F.softmax((logits - center) / temp, dim=-1), mean
@@ -384,14 +384,31 @@ def moving_average(logits, temp, center):
 # the student doesn't: a patch must follow from its surroundings. KoLeo spreads the features of a
 # batch. (DINOv2, section 4.)
 
+def dino_loss(head, cls, local_cls, targets):
+    """Class-token loss, averaged over pairs of views: the student's global views, [B, G, D], meet
+    the teacher's targets, [B, G, K], of all other views; its local ones, [B, L, D], those of all.
+    As -sum t log q is linear in t, targets are added first. Temperature 0.1: DINO."""
+    B, G, L = *targets.shape[:2], local_cls.shape[1]
+    everyones = targets.sum(1, keepdim=True)  # [B, 1, K]
+    answers = torch.cat([everyones - targets, everyones.expand(B, L, -1)], dim=1)  # [B, G + L, K]
+    x = head.on_sphere(torch.cat([cls, local_cls], dim=1).flatten(0, 1))  # [B (G + L), C]
+    weights = x.new_full((len(x),), 1 / (B * G * (G - 1 + L)))
+    return LinearCrossEntropy.apply(x, head.prototypes(), answers.flatten(0, 1), weights, 0.1)
+
+def ibot_loss(head, patches, targets, patch_weights, views):
+    """Patch-token loss: masked patches [M, D] against targets [M, K], averaged within each masked
+    view (patch_weights [M]: 1 / its masked patches), divided by all views."""
+    x, weights = head.on_sphere(patches), patch_weights / views  # [M, C], [M]
+    return LinearCrossEntropy.apply(x, head.prototypes(), targets, weights, 0.1)
+
 class LinearCrossEntropy(torch.autograd.Function):
     """sum_r weights_r * cross_entropy(x_r @ prototypes.T / temp, targets_r), a few rows at a time.
 
     With K = 131,072, logits, softmax and their gradient would outweigh all else in memory. But the
     gradient is known, softmax minus target: it is written down on the way forward, and the logits
     are gone (as in language models: Hsu et al. 2024, Liger). Under autocast only products are in
-    half precision. float16 would make small weights 0: those of prototypes are divided by their
-    mean before the product, and multiplied by it after; those of x come after.
+    half precision. float16 would make small weights 0: for grad_p they are divided by their mean
+    before the product, which is then multiplied by it; for grad_x they come after.
     """
 
     @staticmethod
@@ -406,9 +423,9 @@ class LinearCrossEntropy(torch.autograd.Function):
             rows = slice(first, first + some)
             t = targets[rows].to(x.dtype)
             log_q = F.log_softmax((half_x[rows] @ p.T).to(x.dtype).div_(temp), dim=1)  # [rows, K]
-            loss -= (weights[rows, None] * t * log_q).sum()
-            # the gradient, but for weights and 1/temp; t sums to more than 1 for several answers
-            error = (log_q.exp_() * t.sum(1, keepdim=True)).sub_(t).to(dtype)
+            loss -= ((t * log_q).sum(1) * weights[rows]).sum()
+            # d loss / d logits, without weights and 1/temp; t sums to over 1 with several answers
+            error = log_q.exp_().mul_(t.sum(1, keepdim=True)).sub_(t).to(dtype)
             grad_x[rows] = error @ p
             grad_p += error.T @ weighted[rows]
         ctx.save_for_backward(grad_x * (weights / temp)[:, None], grad_p.mul_(mean / temp))
@@ -419,27 +436,10 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_x, grad_p = ctx.saved_tensors
         return grad * grad_x, grad * grad_p, None, None, None
 
-def dino_loss(head, cls, local_cls, targets):
-    """Class-token loss, averaged over pairs of views: a global view of the student, [B, G, D], gets
-    the answers of all other teacher views, [B, G, K], and a local one, [B, L, D], those of all. As
-    -sum t log q is linear in t, answers are added first. Temperature 0.1: DINO."""
-    B, G, L = *targets.shape[:2], local_cls.shape[1]
-    everyones = targets.sum(1, keepdim=True)  # [B, 1, K]
-    answers = torch.cat([everyones - targets, everyones.expand(B, L, -1)], dim=1)  # [B, G + L, K]
-    x = head.bottleneck(torch.cat([cls, local_cls], dim=1).flatten(0, 1))  # [B (G + L), C]
-    weights = x.new_full((len(x),), 1 / (B * G * (G - 1 + L)))
-    return LinearCrossEntropy.apply(x, head.prototypes(), answers.flatten(0, 1), weights, 0.1)
-
-def ibot_loss(head, patches, targets, patch_weights, views):
-    """Patch-token loss: masked patches [M, D] against targets [M, K], averaged within each masked
-    view (patch_weights [M]: 1 / its masked patches), divided by all views."""
-    x, weights = head.bottleneck(patches), patch_weights / views  # [M, C], [M]
-    return LinearCrossEntropy.apply(x, head.prototypes(), targets, weights, 0.1)
-
 def koleo_loss(x, eps=1e-8):
     """-mean log distance of each class token [B, D] to its nearest neighbour on the unit sphere
     (Sablayrolles et al. 2019); within a micro-batch, as in DINOv2 within a GPU."""
-    x = F.normalize(widen(x), dim=-1)
+    x = F.normalize(upcast(x), dim=-1)
     with torch.no_grad():  # by differences: products in bfloat16 can't tell neighbours apart
         distances = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
         nearest = distances.fill_diagonal_(math.inf).argmin(dim=1)  # not itself
@@ -452,8 +452,8 @@ def koleo_loss(x, eps=1e-8):
 def split_batch(global_views, local_views, masks, parts, device, dtype):
     """uint8 views [B, G, 3, S, S] and [B, L, 3, s, s], masks bool [B, G, N], to micro-batches on
     the device: views as floats, masks; index [M], the places of masked patches among B*G*N; and
-    patch_weights [M], 1 / the masked patches of the same view. These are made here, on the CPU: on
-    a GPU to count is to wait."""
+    patch_weights [M], 1 / the masked patches of the same view. These are made here, on the CPU,
+    which would wait for a GPU that counts."""
     micro_batches = []
     for views, small, mask in zip(*(t.chunk(parts) for t in (global_views, local_views, masks))):
         index = mask.flatten().nonzero().squeeze(1)
@@ -489,8 +489,8 @@ class DINO(nn.Module):
 
     @torch.no_grad()
     def teacher_targets(self, micro_batches, temp):
-        """For each micro-batch the targets of class tokens [B, G, K] and masked patches [M, K],
-        balanced over the whole batch; and what the loop watches, and needs for the centers."""
+        """For each micro-batch, for forward below, the targets of class tokens [B, G, K] and masked
+        patches [M, K], balanced over the whole batch; and what the loop watches, and the means."""
         cls, patches = [], []  # of each micro-batch
         for global_views, _, _, index, _ in micro_batches:
             one_cls, all_patches = self.teacher["backbone"].forward_features(
@@ -506,7 +506,7 @@ class DINO(nn.Module):
         else:
             targets, mean = sinkhorn_knopp(logits, temp), None
             patch_targets, patch_mean = sinkhorn_knopp(patch_logits, temp), None
-        entropy = torch.special.entr(F.softmax(widen(logits) / temp, dim=1)).sum(1).mean()
+        entropy = torch.special.entr(F.softmax(upcast(logits) / temp, dim=1)).sum(1).mean()
         seen = {"cls": all_cls, "entropy": entropy, "means": (mean, patch_mean)}
         targets = targets.unflatten(0, all_cls.shape[:2]).split([len(one) for one in cls])
         return list(zip(targets, patch_targets.split([len(one) for one in patches]))), seen
@@ -546,13 +546,12 @@ def train_step(parallel, micro_batches, temp, autocast, scaler):
     with autocast:
         targets, seen = model.teacher_targets(micro_batches, temp)
     count, total = len(micro_batches), {}
-    for number, (micro_batch, answers) in enumerate(zip(micro_batches, targets), 1):
+    for number, (micro_batch, its_targets) in enumerate(zip(micro_batches, targets), 1):
         # DistributedDataParallel exchanges gradients in the last backward pass only
-        wait = parallel is not model and number < count
-        with parallel.no_sync() if wait else nullcontext():
-            with autocast:
-                losses = parallel(*micro_batch, *answers)  # DINO.forward
-            scaler.scale(sum(losses.values()) / count).backward()
+        parallel.require_backward_grad_sync = number == count
+        with autocast:
+            losses = parallel(*micro_batch, *its_targets)  # DINO.forward
+        scaler.scale(sum(losses.values()) / count).backward()
         for name, value in losses.items():
             total[name] = total.get(name, 0) + value.detach() / count
     return total, seen
@@ -625,7 +624,7 @@ def train_steps(cfg, run, monitor):
     model, optimizer, scaler = run.model, run.optimizer, run.scaler
     bad_in_a_row = 0
     for *views_and_masks, tile_numbers in batches_of(run):
-        # uint8 [B, G, 3, S, S] and [B, L, 3, s, s], bool [B, G, N]; B: this process's images
+        # of augment.Batches: uint8 [B, G, 3, S, S] and [B, L, 3, s, s], bool [B, G, N]
         # --- forward and backward
         now = schedules(cfg, run.step)
         apply_schedules(optimizer, now)
@@ -875,8 +874,7 @@ def effective_rank(features):
 
 def watch(last):
     """From the teacher's class tokens [G, D] of 1,024 images. std: spread on the unit sphere.
-    match: how often a view's nearest among second views of 64 images is that of its own; by chance
-    1/64."""
+    match: how often the nearest to a view, among 64 images' second views, is its own."""
     if len(last) < 1024:
         return {}
     cls = torch.stack(list(last)).float()  # [1024, G, D]
@@ -1104,19 +1102,16 @@ def main(argv=None):
     sys.stdout.reconfigure(errors="backslashreplace")  # for names that are not UTF-8
     try:
         cfg = parse_args(argv)
-        monitor = None
-        if cfg.eval_data:
-            from eval import knn_monitor
-
-            window = cfg.window or ([40, 400] if cfg.augment == "ct" else None)
-            crop = cfg.tile_size[0] if cfg.unit == "cells" else 80
-            monitor = knn_monitor(cfg.eval_data, cfg.global_size, window, crop)
-        if cfg.data:
-            train(cfg, monitor)
-        else:
+        if not cfg.data:
             from smears import demo
 
             demo(cfg)
+        elif cfg.eval_data:
+            from eval import knn_monitor
+
+            train(cfg, knn_monitor(cfg))
+        else:
+            train(cfg)
     except KeyboardInterrupt:
         print("reddino.py: interrupted", file=sys.stderr)
         sys.exit(130)

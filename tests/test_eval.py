@@ -25,7 +25,7 @@ from torch.nn.utils import parametrize
 
 import eval as ev
 from augment import MEAN, STD, UserError
-from reddino import build_vit
+from reddino import build_vit, configure
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -709,7 +709,14 @@ def test_monitor_is_evaluates_20_nn(tmp_path):
         folder.mkdir()
         draw_cells(folder, 4 + 2 * i)
     backbone = small()
-    monitor = ev.knn_monitor([str(t / "cells.csv") for t in tables], 16, crop=24)
+    cfg = configure(
+        arch="nano",
+        eval_data=[str(t / "cells.csv") for t in tables],
+        global_size=16,
+        unit="cells",
+        tile_size=24,
+    )
+    monitor = ev.knn_monitor(cfg)
     found = monitor(backbone.train().bfloat16(), CPU)
     assert list(found) == ["knn", "knn1"] and backbone.training
     torch.save(backbone.float().state_dict(), tmp_path / "b.pth")

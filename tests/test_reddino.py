@@ -315,7 +315,7 @@ def test_logits_are_gain_times_cosine():
         head.last_layer.weight_g.copy_(torch.rand(30, 1) + 0.5)
         head.last_layer.weight_v.mul_(17)  # only its direction counts
     logits = head(x)
-    torch.testing.assert_close(head.bottleneck(x).norm(dim=1), torch.ones(7, dtype=torch.float64))
+    torch.testing.assert_close(head.on_sphere(x).norm(dim=1), torch.ones(7, dtype=torch.float64))
     z, v = head.mlp(x).detach().numpy(), head.last_layer.weight_v.detach().numpy()
     cosine = (z / np.linalg.norm(z, axis=1, keepdims=True)) @ (
         v / np.linalg.norm(v, axis=1, keepdims=True)

@@ -281,7 +281,10 @@ def tables(images, tmp_path_factory):
 
 
 def test_features_are_scored_meanwhile(images, tables, tmp_path, monkeypatch, capsys):
-    monitor = knn_monitor(tables, 32, crop=16)
+    cfg = reddino.configure(
+        arch="nano", eval_data=tables, global_size=32, unit="cells", tile_size=16
+    )
+    monitor = knn_monitor(cfg)
     go(images, tmp_path / "whole", monitor, save_every=2, lr=0.05)
     found = {s["step"]: (s["knn"], s["knn1"]) for s in metrics(tmp_path / "whole") if "knn" in s}
     assert list(found) == [1, 3, 5, 7, 9]  # at each checkpoint
