@@ -1,16 +1,14 @@
 """Thin blood smears, drawn: data that anyone has, with labels that are certain.
 
-    python smears.py OUT                         200 images in OUT/smears, their cells in cells.csv
-    python smears.py OUT --images 50 --seed 1    fewer, of other patients
-    python smears.py OUT --slices                CT slices instead, in OUT/slices; their aortas
+    python smears.py OUT             200 images in OUT/smears, their cells in cells.csv
+    python smears.py OUT --slices    CT slices instead, in OUT/slices; their aortas
 
 The drawing goes the way the light goes:
     1. a cell is a shape (signed distance to its outline) and a thickness: one function a class;
     2. stain turns thickness into optical density; densities on top of each other add up;
     3. intensity = background * exp(-density)  (Beer-Lambert); optics, sensor and JPEG spoil it.
-Shape and thickness tell the classes apart, colour does not: each laboratory ("source") has them
-in the same shares (no real patient has all). Weighted F1 on unseen patients: always "normal" 0.28,
-colour histogram 0.29, 16x16 pixels 0.41 (20-NN), a small CNN 0.98. Ranges: after Chula RBC-12.
+Shape and thickness tell the classes apart, not colour: each laboratory ("source") has all. Weighted
+F1 on unseen patients: always "normal" 0.28, colours 0.29, 16x16 pixels 0.41 (20-NN), a CNN 0.98.
 """
 import argparse
 import csv
@@ -150,11 +148,10 @@ def dust(u, v, rng):
     return np.ones_like(u), spot, spot
 
 # --------------------------------------------------------------------------------- 2. the sources
-# A laboratory: what its stain, microscope and camera do to every image. light: the background's
-# colour, RGB in 0..1 (lamp, white balance); eosin, azure: optical density of a normal cell, of a
-# nucleus, RGB (the buffer's pH decides between pink and grey-blue); scale: magnification against
-# RADIUS; blur: standard deviation of the focus, pixels; noise: of the sensor, grey levels at full
-# light; vignette, slope: light lost in the corners, or to one side; quality: of the JPEG.
+# A laboratory. light: of the background, RGB in 0..1 (lamp, white balance); eosin, azure: optical
+# density of a normal cell, of a nucleus, RGB (pH decides between pink and grey-blue); scale:
+# magnification against RADIUS; blur: of the focus, a standard deviation in pixels; noise: grey
+# levels at full light; vignette, slope: light lost in the corners, to one side; quality: JPEG's.
 Source = namedtuple("Source", "name light eosin azure scale blur noise vignette slope quality")
 SOURCES = [  # after the looks of Chula RBC-12
     Source("pink", (.8, .8, .76), (.14, .62, .48), (.5, 1.05, .35), 1.0, 0.7, 2.0, .10, .05, 92),
@@ -262,12 +259,11 @@ def smear(seed, k):
 
 # --------------------------------------------------------------------------- 4. another organ: CT
 # The same game in Hounsfield units (HU: air -1000, fat -100, water 0, muscle 50, bone 1000): axial
-# slices of a chest whose ascending and descending aorta are normal or not. Contrast is a patient's
-# own, so brightness tells little. Weighted F1 on unseen patients (320 slices of seed 0, 240 of
-# seed 1): always "normal" 0.59, mean HU 0.66, 16x16 pixels 0.73 (20-NN), a small CNN 0.96. In mm.
-# study_label is what no slice shows alone: does a disease fill five slices on end? AUROC on unseen
-# patients (640 slices of seed 0; features of a CNN trained on seed 1): mean or maximum of slices
-# 0.45, attention without places 0.59, with places 0.86; all aortas' true labels in order: 1.
+# slices of a chest whose ascending and descending aorta are normal or not. Brightness tells little:
+# contrast is a patient's own. Weighted F1 on unseen patients (320 slices of seed 0, 240 of seed 1):
+# always "normal" 0.59, mean HU 0.66, 16x16 pixels 0.73 (20-NN), a small CNN 0.96. study_label is
+# what no slice shows alone: does a disease fill five slices on end? AUROC (640 slices of seed 0;
+# a CNN trained on seed 1): mean or maximum 0.45, attention 0.59, with places 0.86. All in mm.
 SIDE, MM, PER_STUDY = 512, 0.7, 8  # pixels of a slice, size of a pixel, slices of a patient
 SCANNERS = {"soft": (12, 1.4), "sharp": (16, 0.7), "low dose": (28, 1.0)}  # noise in HU, blur in px
 AORTAS = {"normal": (10, 17), "aneurysm": (20, 29), "dissection": (14, 24), "thrombus": (14, 24),
@@ -360,11 +356,10 @@ def ct(seed, k):
 
 def draw(out, images=200, seed=0, slices=False):
     """Draw `images` smears (or CT slices) into the folder `out`: smears/NNNN.jpg (slices/NNNN.npy,
-    int16 HU) and cells.csv (image,x,y,label,group,source; of slices also study_label).
-
-    image is relative to out, x, y are a cell's centre in pixels, group is the patient. Image k
-    depends on seed and k alone. Returns the path of cells.csv, which is written last. ValueError on
-    bad numbers, FileExistsError if out holds else than a drawing of the same images and seed."""
+    int16 HU) and cells.csv (image,x,y,label,group,source; of slices also study_label). x, y: a
+    cell's centre in pixels; group: the patient. Image k depends on seed and k alone. Returns the
+    path of cells.csv, which is written last. ValueError on bad numbers, FileExistsError if out
+    holds else than a drawing of the same images and seed."""
     if images < 1 or seed < 0:
         raise ValueError(f"images must be at least 1, seed at least 0, not {images} and {seed}")
     out, kind = Path(out), "slices" if slices else "smears"
@@ -380,15 +375,13 @@ def draw(out, images=200, seed=0, slices=False):
     rows = [("image", "x", "y", "label", "group", "source") + ("study_label",) * slices]
     for k in range(images):
         pixels, cells, source, patient = ct(seed, k) if slices else smear(seed, k)
-        name = f"{kind}/{k:04d}.{'npy' if slices else 'jpg'}"
-        of_image = [f"patient{patient:03d}"]
         if slices:
+            name, about = f"slices/{k:04d}.npy", [source, study(patient)[1]]
             np.save(out / name, pixels)
-            of_image += [source, study(patient)[1]]
         else:
+            name, about = f"smears/{k:04d}.jpg", [source.name]
             Image.fromarray(pixels).save(out / name, quality=source.quality)
-            of_image.append(source.name)
-        rows += [(name, *cell, *of_image) for cell in cells]
+        rows += [(name, *cell, f"patient{patient:03d}", *about) for cell in cells]
     with open(part, "w", newline="") as file:
         csv.writer(file).writerows(rows)
     return part.replace(table)  # only ever whole
