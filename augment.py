@@ -602,17 +602,25 @@ class MultiCrop:
     """mc(tile, rng): RGB uint8 [h, w, 3] -> global views uint8 [G, 3, S, S], local [L, 3, s, s].
 
     augment: one of RECIPES. "ct" takes values [h, w] as well, and draws its windows around `window`
-    (level, width). Global views show global_scale to all of the area, local ones 0.05 (DINOv2) to
+    (level, width). unit "cells": what is cut out alone has no up or left, so TURN becomes all eight
+    orientations. Global views show global_scale to all of the area, local ones 0.05 (DINOv2) to
     global_scale. All randomness comes from rng, a numpy Generator: see sample_rng."""
 
     def __init__(self, augment="reddino", global_size=224, local_size=98, local_crops=1,
-                 global_scale=0.32, window=None):
+                 global_scale=0.32, window=None, unit="tiles"):
         if augment not in RECIPES:
             raise UserError(f"--augment {augment!r}: it is one of {', '.join(RECIPES)}")
         self.local_shape, self.augment = (local_crops, 3, local_size, local_size), augment
+
+        def adapted(transform):
+            if transform is TURN and unit == "cells":
+                return A.D4(p=1)
+            if window and isinstance(transform, RandomWindow):
+                return RandomWindow([window])
+            return transform
+
         # transforms of the first global view, the second, and of local ones
-        self.recipe = [[RandomWindow([window]) if window and isinstance(t, RandomWindow) else t
-                        for t in transforms] for transforms in (RECIPES[augment] * 3)[:3]]
+        self.recipe = [list(map(adapted, list_of)) for list_of in (RECIPES[augment] * 3)[:3]]
         # Of random area and aspect 3/4 to 4/3. Shrunk by averaging, for the others would skip
         # pixels and alias; enlarged bilinearly as the release does, bicubically as DINOv2.
         enlarge = cv2.INTER_CUBIC if augment == "dinov2" else cv2.INTER_LINEAR
@@ -683,7 +691,7 @@ class Batches:
     def __init__(self, cfg, tiles, patch_size, rank=0, world=1):
         self.cfg, self.tiles, self.grid = cfg, tiles, cfg.global_size // patch_size
         self.crop = MultiCrop(cfg.augment, cfg.global_size, cfg.local_size, cfg.local_crops,
-                              cfg.global_scale, cfg.window)
+                              cfg.global_scale, cfg.window, cfg.unit)
         self.slots = range(rank, cfg.batch_size, world)
         sources = tiles.sources if cfg.balance else [("", 0, len(tiles))]  # they take turns
         self.pools = [(first, last) for _, first, last in sources if last > first]

@@ -1523,6 +1523,21 @@ def test_contrast_filled_vessels_are_found_as_cells_are(tmp_path):
         Tiles(given, 64, raw=True, unit="cells")
 
 
+def test_what_is_cut_out_alone_is_turned_every_way_and_a_slice_is_not():
+    ramp = 100 * np.arange(4.0, dtype=np.float32)[:, None] + np.array([0, 30, 60, 90], np.float32)
+    tile, corners = np.kron(ramp, np.ones((16, 16), np.float32)), {}
+    for unit in ("tiles", "cells"):
+        crop, corners[unit] = MultiCrop("ct", 64, 16, 0, 1.0, (200, 900), unit), set()
+        for sample in range(150):
+            view = crop(tile, sample_rng(0, sample, 0))[0][0, 0].astype(float)
+            means = [view[y, x].mean() for y in (np.s_[:20], np.s_[44:])
+                     for x in (np.s_[:20], np.s_[44:])]
+            corners[unit].add(tuple(np.argsort(means)))
+    turned = [np.rot90(side, k).ravel() for side in (ramp, ramp.T) for k in range(4)]
+    every = {tuple(np.argsort(t.reshape(4, 4)[::3, ::3].ravel())) for t in turned}
+    assert len(every) == 8 and corners == {"tiles": {(0, 1, 2, 3)}, "cells": every}
+
+
 def loading(tmp_path, **options):
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # plain DataLoaders of other tests left theirs
     for k in range(4):
