@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import pad_sequence
 
@@ -43,7 +43,7 @@ PROTOCOLS = ("knn", "linear", "fewshot")  # what is done by default
 CHOICES = {*PROTOCOLS, "study", "full", "head", "lora", "cls", "cls+mean"}
 L2 = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # strengths that the linear probe chooses from
 SHOTS, DRAWS, FEWSHOT_L2 = (1, 5, 10, 50), 20, 0.1  # the best of 1, 0.1, 0.01 on Chula
-PIXELS, COLOUR, BINS = 16, 64, 32  # input sizes of these two baselines; a channel's bins
+SIZES, BINS = {"pixels": 16, "colour": 64}, 32  # inputs of these baselines; a channel's bins
 
 def printable(text, most=60):
     """One line without terminal escapes, newlines, broken UTF-8."""
@@ -53,7 +53,7 @@ def printable(text, most=60):
 def quiet(text):
     """A log that nobody reads."""
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------
 # Labels. Whatever the layout, cells end as parallel arrays, an entry for each row of the table,
 # sorted by image, so that each image is decoded once.
 
@@ -77,9 +77,9 @@ class Cells:
 
 SPLIT, NUMBER = "(train|test|val)(ing|id|idation)?", r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?"
 CENTRE, BOX = ("x", "y"), ("xmin", "xmax", "ymin", "ymax")
-NOWHERE = [math.nan, math.nan]  # the image is the cell
-COLUMNS = {"image": ".+", "label": ".+", "group": ".+", "source": ".+", "study_label": ".+",
-           "split": SPLIT} | dict.fromkeys((*CENTRE, *BOX, "slice"), NUMBER)
+NOWHERE = [math.nan, math.nan]
+COLUMNS = dict.fromkeys(("image", "label", "group", "source", "study_label"), ".+")
+COLUMNS |= dict.fromkeys((*CENTRE, *BOX, "slice"), NUMBER) | {"split": SPLIT}
 
 def csv_rows(path, log):
     """The rows of a CSV as {column: text}, with "file" and "centre". UserError: what is wrong."""
@@ -113,14 +113,14 @@ def csv_rows(path, log):
         if wrong:
             raise UserError(f"{path}, line {number}: {wrong[0]}")
         place = np.array([row[name] for name in where] or NOWHERE, float)
-        rows.append(row | {"file": file, "centre": place.reshape(2, -1).mean(1).tolist()})
+        rows.append(row | {"file": file, "centre": place.reshape(2, -1).mean(1)})
     return rows
 
 def folder_rows(data, log):
     """A row for each image in FOLDER/CLASS, or in FOLDER/train/CLASS and FOLDER/test/CLASS."""
     def folders(*parent):
-        found = [path.name for path in Path(data, *parent).iterdir() if path.is_dir()]
-        return sorted(name for name in found if not name.startswith("."))
+        return sorted(path.name for path in Path(data, *parent).iterdir()
+                      if path.is_dir() and path.name[0] != ".")
 
     parts = [name for name in folders() if re.fullmatch(SPLIT, name, re.I)]
     if len({part[:3].lower() for part in parts}) < 2:
@@ -142,14 +142,12 @@ def look(file, window):
 
 def column(rows, name, kind=str):
     """A column's different values, and the index of each cell's; [], None where a cell has none."""
-    values = [kind(row[name]) for row in rows if row.get(name)]
-    numbers = {value: i for i, value in enumerate(sorted(set(values)))}
-    index = np.array([numbers[value] for value in values])
-    return (list(numbers), index) if len(index) == len(rows) else ([], None)
+    values = np.array([kind(row[name]) for row in rows if row.get(name)], object)
+    different, index = np.unique(values, return_inverse=True)
+    return (different.tolist(), index) if len(index) == len(rows) else ([], None)
 
 def read_cells(data, drop_labels=(), window=None, log=quiet):
-    """The labelled Cells of a CSV or of class folders; UserError for all that would make their
-    scores meaningless."""
+    """Cells of a CSV or of class folders. UserError: what would make their scores meaningless."""
     rows = folder_rows(data, log) if os.path.isdir(data) else csv_rows(data, log)
     labels = {row["label"] for row in rows}
     if unknown := set(drop_labels) - labels:
@@ -158,8 +156,7 @@ def read_cells(data, drop_labels=(), window=None, log=quiet):
     files = sorted({row["file"] for row in rows})
     with ThreadPoolExecutor() as pool:
         looks = dict(zip(files, pool.map(look, files, itertools.repeat(window))))
-    bad = {file: seen.reason for file, seen in looks.items() if isinstance(seen, BadImage)}
-    if bad:
+    if bad := {file: seen.reason for file, seen in looks.items() if isinstance(seen, BadImage)}:
         text = f"{len(bad)} of {len(files)} images can't be read: {looks[min(bad)]}"
         log(text)
         if 2 * len(bad) > len(files):
@@ -173,14 +170,13 @@ def read_cells(data, drop_labels=(), window=None, log=quiet):
     sources, source = column(rows, "source")
     by = next(name for name in ("group", "patient", "image") if column(rows, name)[0])
     centre, shape = (np.array([row[name] for row in rows]) for name in ("centre", "shape"))
-    place, split = column(rows, "slice", float)[1], None
-    if any(row.get("split") for row in rows):
-        parts = np.array([row["split"][:3].lower() for row in rows])
-        tested = parts == ("tes" if "tes" in parts else "val")
-        split = np.select([parts == "tra", tested], ["train", "test"], "")
-    cells = Cells(files, file, centre, label, classes, column(rows, "image")[1],
-                  column(rows, by)[1], by, source, sources, split, column(rows, "study_label")[1],
-                  file if place is None else place, bad, window)
+    place = column(rows, "slice", float)[1]
+    image, group, study = (column(rows, name)[1] for name in ("image", by, "study_label"))
+    parts = np.array([row.get("split", "")[:3].lower() for row in rows])
+    tested = parts == ("tes" if "tes" in parts else "val")
+    split = np.select([parts == "tra", tested], ["train", "test"], "") if any(parts) else None
+    cells = Cells(files, file, centre, label, classes, image, group, by, source, sources, split,
+                  study, file if place is None else place, bad, window)
     if problem := problem_of(cells, shape):
         raise UserError(f"{data}: {problem}")
     return cells
@@ -203,11 +199,11 @@ def problem_of(cells, shape):
     if cells.study is not None and len({*zip(cells.group, cells.study)}) > groups:
         return "study_label has two values in one group"
 
-# --------------------------------------------------------------------------------------------------
-# Crops, and ways to split them. Threads decode the files, each once for all of its cells.
+# ----------------------------------------
+# Crops, and ways to split them.
 
 def resize(images, size):
-    """uint8 [B, 3, H, W] to [B, 3, *size], bicubic, antialiased."""
+    """uint8 [B, 3, H, W] to [B, 3, *size], bicubic, antialiased; size may be a side."""
     images = images.contiguous(memory_format=torch.channels_last)  # resized 8 times as fast
     return F.interpolate(images, size, mode="bicubic", antialias=True)
 
@@ -223,7 +219,7 @@ def cut(path, centres, crop, size, window=None):
     for x, y in np.rint(centres).astype(int) - crop // 2:
         rows = torch.arange(y, y + crop).clamp(0, high - 1)
         cell = image[:, :, rows[:, None], torch.arange(x, x + crop).clamp(0, wide - 1)]
-        cells.append(resize(cell, (size, size)) if whole or crop > size else cell)
+        cells.append(resize(cell, size) if whole or crop > size else cell)
     return torch.cat(cells)
 
 def crops_of(cells, crop, size):
@@ -286,7 +282,7 @@ def make_splits(cells, folds, seed, log=print):
         log(f"fewer than 10 {cells.by}s are tested: don't trust the intervals")
     return splits
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------
 # Backbones: modules that map normalised images [B, 3, S, S] to features [B, D].
 
 class Colour(nn.Module):
@@ -294,14 +290,13 @@ class Colour(nn.Module):
     root, so that the cosine of two histograms is their overlap.)"""
 
     def forward(self, x):
-        mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (MEAN, STD))
+        mean, std = (x.new_tensor(v)[:, None, None] for v in (MEAN, STD))
         bins = ((x * std + mean) * BINS).long().clamp(0, BINS - 1).flatten(2)  # [B, 3, S S]
         counts = x.new_zeros(len(x), 3, BINS).scatter_add_(2, bins, torch.ones_like(x).flatten(2))
         return counts.flatten(1).sqrt() / x.shape[3]  # [B, 3 BINS]
 
 def untrained(like):
-    """A random network. Its LayerScale is 1: at DINOv2's 1e-5 all class tokens are alike up to
-    rounding, which would be a straw man."""
+    """A random network. LayerScale is 1: at DINOv2's 1e-5 all class tokens would be alike."""
     if like is None:
         return reddino.build_vit("nano", 64, layerscale=1.0)
     block, stem = like.blocks[0], "convs" if "stem" in like.patch_embed else "linear"
@@ -310,7 +305,6 @@ def untrained(like):
 
 def make_backbone(name, like, heads):
     import torchvision.models as zoo  # takes a second, which a demo need not wait for
-
     own = {"pixels": nn.Flatten, "colour": Colour, "random": lambda: untrained(like)}
     if os.path.isfile(name) or name in reddino.DINOV2 or name.startswith("hf_hub:"):
         return reddino.vit_from_state(reddino.read_backbone(name), heads=heads)
@@ -329,30 +323,29 @@ def make_backbone(name, like, heads):
     return model
 
 def load_backbone(name, size=None, device="auto", like=None, seed=0, heads=None):
-    """A frozen backbone by path or name, see --weights: [B, 3, size, size] to features [B, D]; with
-    .size (default: as trained, at most 224) and .device. like: whose shape `random` takes. heads:
-    of attention, where its width doesn't tell. Raises UserError."""
+    """A frozen backbone, [B, 3, size, size] to features [B, D], with .size and .device. name, size,
+    heads: as on the command line; like: whose shape `random` takes. Raises UserError."""
     name, device = str(name), reddino.choose_device(reddino.configure(device=device))[0]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         backbone = make_backbone(name, like, heads).eval().requires_grad_(False)
     patch = getattr(backbone, "patch_size", 1)
     default = min(getattr(backbone, "img_size", 224), 224) // patch * patch
-    backbone.size = {"pixels": PIXELS, "colour": COLOUR}.get(name) or size or default
+    backbone.size = SIZES.get(name) or size or default
     if backbone.size % patch:
         raise UserError(f"--size {size}: {name} takes multiples of its patch size, {patch}")
     backbone.device = device
     return backbone.to(device)
 
 @torch.inference_mode()
-def extract_features(backbone, images, batch=256, mean=False):
+def extract_features(backbone, images, mean=False):
     """Features float32 [B, D] of images: uint8 [B, 3, H, W], or [H, W, 3] arrays of one size.
     mean: a ViT's class token and mean patch token, [B, 2 D], as DINOv2's linear evaluation."""
-    if not isinstance(images, Tensor):
+    if not torch.is_tensor(images):
         images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
     parts, device = [], backbone.device
-    for some in images.split(batch):
-        x = network_input(some, (backbone.size, backbone.size), device)
+    for some in images.split(256):
+        x = network_input(some, backbone.size, device)
         with torch.autocast(device.type, torch.float16, enabled=device.type == "cuda"):  # as DINOv2
             if mean and hasattr(backbone, "blocks"):
                 cls, patches = backbone.forward_features(x)
@@ -371,32 +364,29 @@ def embed(label, backbone, cells, crop, log, mean=False):
     log(f"{label}: {x.shape[1]} features of {len(x):,} cells")
     return x
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------
 # Classifiers on features [N, D] with classes int [N]: probabilities of others, [M, C].
 
-def knn(train_x, train_y, test_x, k=20, n_classes=None, temp=0.07):
-    """Shares of the votes of the k nearest by cosine; one weighs exp(cosine / temp), as in DINO."""
-    n_classes, shares = n_classes or int(train_y.max()) + 1, []
+def knn(train_x, train_y, test_x, k=20, n_classes=-1):
+    """Shares of the votes of the k nearest by cosine; one weighs exp(cosine / 0.07), as in DINO."""
+    truth, shares = F.one_hot(train_y, n_classes), []  # [N, C]; -1: as many as train_y has
     train_x, test_x = F.normalize(train_x, dim=1), F.normalize(test_x, dim=1)
     for some in test_x.split(1024):  # so that the cosines take 4 KB per training cell, not 4 M
         near, nearest = (some @ train_x.T).topk(min(k, len(train_x)), dim=1)  # [m, k]
-        votes = F.one_hot(train_y[nearest], n_classes) * (near / temp).softmax(1)[:, :, None]
-        shares.append(votes.sum(1))
+        shares.append((truth[nearest] * (near / 0.07).softmax(1)[:, :, None]).sum(1))
     return torch.cat(shares)
 
-def linear_probe(train_x, train_y, test_x, l2=1e-2, n_classes=None, tolerance=1e-7):
-    """Multinomial logistic regression: the minimum of mean cross-entropy + l2/2 |W|^2 on
-    standardised features; scikit-learn's C is 1 / (l2 N). A class that isn't there gets 0. It ends
-    where a pass lowers the loss by less than `tolerance`."""
+def linear_probe(train_x, train_y, test_x, l2=1e-2, n_classes=0, tolerance=1e-7):
+    """Logistic regression: the minimum of mean cross-entropy + l2/2 |W|^2 on standardised features
+    (scikit-learn's C is 1 / (l2 N)), to a gain of `tolerance` a pass. An absent class gets 0."""
     mean, std = train_x.mean(0), train_x.std(0, correction=0)
     std = torch.where(std > 1e-6 * mean.abs(), std, 1)  # constant: stays about 0
     x, test_x = (train_x - mean) / std, (test_x - mean) / std
-    # A ViT's features are so correlated that L-BFGS crawls. With W = V axes, principal axes divided
-    # by the root of the loss's curvature along them (at most variance / 4, plus l2), it needs fewer
-    # passes to the same minimum.
+    # A ViT's features are so correlated that L-BFGS crawls to the minimum. So W = V axes, principal
+    # axes divided by the root of the loss's curvature along them (at most variance / 4, plus l2).
     _, s, axes = torch.linalg.svd(torch.linalg.qr(x, "r")[1], full_matrices=False)
     axes = axes * (s.square() / len(x) / 4 + l2).rsqrt()[:, None]  # [A, D]
-    absent = train_y.bincount(minlength=n_classes or 0) == 0
+    absent = train_y.bincount(minlength=n_classes) == 0
     bias = x.new_zeros(len(absent), requires_grad=True)
     v = x.new_zeros(len(absent), len(axes), requires_grad=True)  # [C, A]
     optimizer = torch.optim.LBFGS([v, bias], max_iter=1000, history_size=50, tolerance_grad=1e-6,
@@ -419,12 +409,11 @@ def tuned_probe(train_x, train_y, test_x, groups, n_classes, seed=0):
     y, l2 = train_y.cpu().numpy(), 1e-2
     held = group_folds(groups, y, 5, seed) == 0
     if not held.all():
-        found = {}
+        counts = []
         for l2 in L2:  # loose fits rank strengths as well, in half of the time
             probs = linear_probe(train_x[~held], train_y[~held], train_x[held], l2, n_classes, 1e-5)
-            counts = confusion(y[held], probs.argmax(1).cpu().numpy(), n_classes)
-            found[l2] = scores(counts)["weighted_f1"]
-        l2 = max(found, key=found.get)
+            counts.append(confusion(y[held], probs.argmax(1).cpu().numpy(), n_classes))
+        l2 = L2[scores(np.stack(counts))["weighted_f1"].argmax()]
     return linear_probe(train_x, train_y, test_x, l2, n_classes)
 
 def train_net(net, inputs, y, lr, epochs, batch=64):
@@ -459,7 +448,6 @@ def fine_tune(backbone, crops, y, kind, n_classes, seed=0, epochs=15):
     extract_features are logits. kind: all of it (full), the head, or head and LowRank adapters
     (lora), for whom labels are few and the backbone is good (Surgical-DINO, Cui et al. 2024)."""
     from torchvision.transforms import v2
-
     torch.manual_seed(seed)
     jitter = [v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(), v2.ColorJitter(0.2, 0.2)]
     head = nn.Linear(extract_features(backbone, crops[:1]).shape[1], n_classes)
@@ -471,7 +459,7 @@ def fine_tune(backbone, crops, y, kind, n_classes, seed=0, epochs=15):
 
     def inputs(some):
         seen = torch.stack([v2.Compose(jitter)(crop) for crop in crops[some]])
-        return [network_input(seen, (net.size, net.size), net.device)]
+        return [network_input(seen, net.size, net.device)]
 
     lr = 1e-4 if kind == "full" else 4e-3  # guesses, as are the other numbers
     train_net(net.to(net.device), inputs, y.to(net.device), lr, epochs)
@@ -505,18 +493,16 @@ def attend(x, place, y, train, test, seed):
     x = (x - known.mean(0)) / (known.std(0) + 1e-6)
     seen, where = x[train], place[train]
     net = GatedAttention(x.shape[2], int(y.max()) + 1).to(x.device)
-    train_net(net, lambda i: (seen[i] + 0.5 * torch.randn_like(seen[i]), where[i]), y[train], 1e-2,
-              600, len(seen))
+    train_net(net, lambda i: (torch.normal(seen[i], 0.5), where[i]), y[train], 1e-2, 600, len(seen))
     return net(x[test], place[test]).detach().softmax(1)
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------
 # Scores. "again" is {metric: [1 + R]}: a score; then as it is R times on groups that a bootstrap
 # drew. Draws are the same for all backbones, so that differences are paired.
 
 def confusion(truth, guess, n_classes):
     """Counts [true class, predicted class]."""
-    counts = np.bincount(truth * n_classes + guess, minlength=n_classes**2)
-    return counts.reshape(n_classes, n_classes)
+    return np.bincount(truth * n_classes + guess, minlength=n_classes**2).reshape(n_classes, -1)
 
 def scores(counts):
     """Metrics of confusion matrices [..., C, C]; classes that never occur do not count."""
@@ -534,8 +520,7 @@ def bootstrap(n, seed):
     return np.stack([np.ones(n), *draws]).astype(np.float32)
 
 def judge(truth, probs, group, seed=0):
-    """A result of predictions [n, C]. A confusion matrix is the sum of those of the groups, so a
-    replicate's is a weighted one."""
+    """A result of predictions [n, C]. Replicates weigh the confusion matrices of the groups."""
     n_classes, group = probs.shape[1], np.unique(group, return_inverse=True)[1]
     counts = np.zeros((group.max() + 1, n_classes, n_classes), np.float32)
     np.add.at(counts, (group, truth, probs.argmax(1)), 1)
@@ -547,10 +532,11 @@ def summary(again):
     ends = {k: np.percentile(v[1:], [2.5, 97.5]).tolist() for k, v in again.items()}
     return {k: float(v[0]) for k, v in again.items()} | {"interval": ends}
 
-def judge_parts(truth, probs, group, parts, seed):
-    """judge of all test cells; probs: a list, for those of each part."""
+def judge_parts(truth, found, group, parts, seed):
+    """{protocol: result} on all test cells of {protocol: [probabilities of each part's]}."""
     tested = np.concatenate([test for _, test in parts])
-    return judge(truth[tested], torch.cat(probs).cpu().numpy(), group[tested], seed)
+    return {name: judge(truth[tested], torch.cat(probs).cpu().numpy(), group[tested], seed)
+            for name, probs in found.items()}
 
 def rows_of(found, split):
     """{backbone: {protocol: result}} to a row for each; and one for each difference of two."""
@@ -577,63 +563,58 @@ def few_shot(x, y, parts, shots, seed):
         if len(some) < shots * n:
             return {}
         guess = linear_probe(x[some], y[some], x[test], FEWSHOT_L2, n).argmax(1).cpu().numpy()
-        drawn.append(scores(confusion(truth[test], guess, n)))
-    again = {k: np.array([found[k] for found in drawn]) for k in drawn[0]}
-    return {"shots": shots, "again": {k: np.insert(v, 0, v.mean()) for k, v in again.items()}}
+        drawn.append(confusion(truth[test], guess, n))
+    again = {k: np.insert(v, 0, v.mean()) for k, v in scores(np.stack(drawn)).items()}
+    return {"shots": shots, "again": again}
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------
 # The whole.
 
 def measure(x, cells, parts, protocols, seed):
     """{protocol: result} of one backbone's features [n, D] on one way to split the cells."""
-    y, n, results = torch.from_numpy(cells.label).to(x.device), len(cells.classes), {}
-
-    def add(name, probs):  # of the test cells of each part
-        results[name] = judge_parts(cells.label, probs, cells.group, parts, seed)
-
+    y, n, found = torch.from_numpy(cells.label).to(x.device), len(cells.classes), {}
     if "knn" in protocols:
-        add("1-NN", [knn(x[a], y[a], x[b], 1, n) for a, b in parts])
-        add("20-NN", [knn(x[a], y[a], x[b], 20, n) for a, b in parts])
+        for k in (1, 20):
+            found[f"{k}-NN"] = [knn(x[a], y[a], x[b], k, n) for a, b in parts]
     if "linear" in protocols:
-        add("linear probe", [tuned_probe(x[a], y[a], x[b], cells.group[a], n, seed)
-                             for a, b in parts])
+        found["linear probe"] = [tuned_probe(x[a], y[a], x[b], cells.group[a], n, seed)
+                                 for a, b in parts]
+    results = judge_parts(cells.label, found, cells.group, parts, seed)
     if "fewshot" in protocols:
-        found = {f"few-shot, {k} a class": few_shot(x, y, parts, k, seed) for k in SHOTS}
-        results |= {name: result for name, result in found.items() if result}
+        few = {f"few-shot, {k} a class": few_shot(x, y, parts, k, seed) for k in SHOTS}
+        results |= {name: result for name, result in few.items() if result}
     if "study" in protocols:
         results |= measure_studies(x, cells, parts, seed)
     return results
 
 def measure_studies(x, cells, parts, seed):
-    """The same of studies, which are groups of slices, by three ways to pool these. A study's
-    class: its study_label, or all labels of its slices."""
+    """The same of studies, groups of slices pooled in three ways. Their class: study_label, or all
+    labels of their slices."""
     order = np.lexsort((cells.place, cells.group))
-    of = np.split(order, np.flatnonzero(np.diff(cells.group[order])) + 1)  # a study's slices
+    of = np.split(order, np.bincount(cells.group).cumsum()[:-1])  # a study's slices
     label = cells.label if cells.study is None else cells.study
     truth = np.unique([str(sorted({*label[s]})) for s in of], return_inverse=True)[1]
-    y, n, every = torch.from_numpy(truth).to(x.device), truth.max() + 1, np.arange(len(of))
+    y, n, found = torch.from_numpy(truth).to(x.device), truth.max() + 1, {}
     place = [torch.from_numpy(cells.place[s] - cells.place[s[0]]).to(x.device) for s in of]
     place, slices = pad_sequence(place, True, -1), pad_sequence([x[s] for s in of], True)
     parts = [[np.unique(cells.group[some]) for some in part] for part in parts]
-    found = {}
-    for name, pool in (("mean", torch.mean), ("maximum", torch.amax)):
+    for name, pool in (("study: mean", torch.mean), ("study: maximum", torch.amax)):
         z = torch.stack([pool(x[s], 0) for s in of])
         found[name] = [tuned_probe(z[a], y[a], z[b], a, n, seed) for a, b in parts]
-    found["attention"] = [attend(slices, place, y, a, b, seed) for a, b in parts]
-    return {f"study: {name}": judge_parts(truth, probs, every, parts, seed)
-            for name, probs in found.items()}
+    found["study: attention"] = [attend(slices, place, y, a, b, seed) for a, b in parts]
+    return judge_parts(truth, found, np.arange(len(of)), parts, seed)
 
 def measure_tuned(backbone, crops, cells, parts, kinds, seed):
     """The same of a backbone's fine-tuning on crops, by those of `kinds` that it can."""
     y, results = torch.from_numpy(cells.label), {}
     for kind in kinds if backbone.state_dict() else ():
         if kind != "lora" or hasattr(backbone, "blocks"):
-            probs = []
+            name, probs = f"fine-tuned, {kind}", []
             for train, test in parts:
                 net = fine_tune(backbone, crops[train], y[train], kind, len(cells.classes), seed)
                 probs.append(extract_features(net, crops[test]).softmax(1))
-            result = judge_parts(cells.label, probs, cells.group, parts, seed)
-            results[f"fine-tuned, {kind}"] = result | {"trained": net.trained}
+            results |= judge_parts(cells.label, {name: probs}, cells.group, parts, seed)
+            results[name]["trained"] = net.trained
     return results
 
 def knn_monitor(cfg):
@@ -660,9 +641,9 @@ def knn_monitor(cfg):
 def evaluate(data, weights, protocols=PROTOCOLS, crop=80, out=None, device="auto", size=None,
              seed=0, log=print, drop_labels=(), folds=5, finetune=(), figures=None, window=None,
              heads=None, features="cls"):
-    """Score backbones on labelled cells; the table goes to `log`; returns what results.json holds.
-    Options: as on the command line; weights may be {name in the table: path or name}; out=None
-    writes nothing. Raises UserError, and OSError where a folder can't be written to."""
+    """Score backbones as on the command line; the table goes to `log`. Returns what results.json
+    holds. weights: also {shown name: path or name}; out=None: no files. Raises UserError, and
+    OSError where a folder can't be written to."""
     def say(text):
         log(printable(text, 1000))
 
@@ -705,7 +686,6 @@ def evaluate(data, weights, protocols=PROTOCOLS, crop=80, out=None, device="auto
     log(as_table(results))
     if figures:
         from figures import draw_figures
-
         draw_figures(figures, results, x, backbones, cells, seed, say)
     return results
 
@@ -734,24 +714,24 @@ def as_table(results):
     return "\n".join(lines)
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = argparse.ArgumentParser(description=__doc__, argument_default=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    add = parser.add_argument  # what is not given is left to evaluate
     add("--data", required=True)
     add("--weights", required=True, nargs="+")
-    add("--protocols", nargs="+", default=PROTOCOLS)
-    add("--finetune", nargs="+", default=[])
-    add("--crop", type=int, default=80, help="side of the square around a cell in pixels (80)")
+    add("--protocols", nargs="+")
+    add("--finetune", nargs="+")
+    add("--crop", type=int, help="side of the square around a cell in pixels (80)")
     add("--size", type=int, help="the network's input in pixels (as trained, at most 224)")
     add("--heads", type=int, help="of a ViT's attention, where its width doesn't tell")
-    add("--features", default="cls", help="cls, or cls+mean: with the mean patch token")
+    add("--features", help="cls, or cls+mean: with the mean patch token")
     add("--window", nargs=2, type=float, help="LEVEL WIDTH: what is seen of deep grey")
-    add("--drop-label", nargs="+", default=[], dest="drop_labels", help="classes to leave out")
+    add("--drop-label", nargs="+", dest="drop_labels", help="classes to leave out")
     add("--out", default="out/eval", help="folder of results (out/eval)")
     add("--figures", help="folder to draw into")
-    add("--folds", type=int, default=5)
-    add("--seed", type=int, default=0)
-    add("--device", default="auto")
+    add("--folds", type=int)
+    add("--seed", type=int)
+    add("--device")
     # One line, without the usage.
     parser.error = lambda text: parser.exit(2, f"eval.py: error: {printable(text, 2000)}\n")
     try:
