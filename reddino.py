@@ -11,16 +11,14 @@ arXiv:2304.07193) on red blood cells. DINOv2 is DINO (Caron et al. 2021) plus iB
 
   - A *student* network sees crops of an image, some with patches masked. It says which of K
     *prototypes* each crop (class token) and each masked patch (patch token) belongs to.
-  - A *teacher*, the running average (EMA) of the student, sees the large crops, unmasked. It gives
-    the answers.
+  - A *teacher*, the student's running average (EMA), sees the large crops unmasked and answers.
   - Both could agree on "prototype 1, always". Sinkhorn-Knopp prevents it: it balances the
     teacher's answers, so that over a batch all prototypes are used alike.
 
-The first half is the method, in the order in which an image passes (augment.py makes its views);
-it ends with the loop, `train_steps`. The second half is what a run needs besides: checkpoints,
-weights from elsewhere, processes, the command line. Shapes: B images, G = 2 global and L local
-views of each, N patches a view, T = 1 + registers + N tokens, D dimensions, C of the bottleneck,
-K prototypes, M masked patches, R rows of any kind.
+The first half is the method, in the order in which an image passes (augment.py makes its views), up
+to the loop, `train_steps`. The second is what a run needs besides: checkpoints, weights, processes,
+the command line. Shapes: B images, G = 2 global and L local views of each, N patches a view, T = 1
++ registers + N tokens, D dimensions, C of the bottleneck, K prototypes, M masked patches, R rows.
 """
 import argparse
 import copy
@@ -56,8 +54,7 @@ from augment import RECIPES, BadImage, Tiles, UserError, batches, check_window, 
 # ViT-S, but for `init`; PRESETS says what differs elsewhere.
 
 ARCHS = {
-    # ours, 1M parameters
-    "nano": dict(embed_dim=128, depth=4, heads=2, patch_size=8, layerscale=1.0, stem="convs"),
+    "nano": dict(embed_dim=128, depth=4, heads=2, patch_size=8, layerscale=1.0, stem="convs"),  # 1M
     "vits14": dict(embed_dim=384, depth=12, heads=6, patch_size=14),  # 22M parameters
     "vitb14": dict(embed_dim=768, depth=12, heads=12, patch_size=14),  # 86M
     "vitl14": dict(embed_dim=1024, depth=24, heads=16, patch_size=14),  # 304M
@@ -65,7 +62,7 @@ ARCHS = {
 }
 
 def opt(default, text, choices=None, low=0, high=10**9):
-    """An option: its default, help, and what it may be (numbers: from low to high)."""
+    """An option: its default, help, and what it may be (a number: low to high)."""
     allowed = dict(default=default, help=text, choices=choices, low=low, high=high)
     return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=allowed)
 
@@ -81,8 +78,7 @@ class Config:
     prototypes: int = opt(131072, "K (RedDino, DINOv2 long; short: 65536)", low=1)
     separate_heads: bool = opt(False, "a head for patches of their own (DINOv2 long)")
     # what it sees
-    unit: str = opt("tiles", "windows of images, or cells found in them (ct: what is bright)",
-                    ["tiles", "cells"])
+    unit: str = opt("tiles", "windows, or cells in them (ct: what is bright)", ["tiles", "cells"])
     tile_size: list[int] = opt([224], "side in pixels (RedDino); 0: whole; or several")
     window: list[float] = opt([], "LEVEL WIDTH: what is seen of deep grey", low=-math.inf)
     global_size: int = opt(224, "pixels of the global views (DINOv2)", low=1)
@@ -156,16 +152,13 @@ def resize_pos_embed(pos, height, width, registers=0):
     grid = F.interpolate(grid, mode="bicubic", **size).flatten(2).transpose(1, 2)
     return torch.cat([pos[:, :1], grid.to(pos.dtype)], dim=1)
 
-STEM_WIDTHS = (24, 24, 48, 48, 96, 96)
-
 def conv_stem():
     """Images [B, 3, H, W] to [B, 96, H/8, W/8] by 3x3 convolutions, every other of stride 2. For
     nano alone: one 8x8 matrix takes very long to learn what an edge is (Xiao et al. 2021)."""
-    layers, before = [], 3
-    for number, width in enumerate(STEM_WIDTHS):
-        convolution = nn.Conv2d(before, width, 3, stride=2 - number % 2, padding=1, bias=False)
+    layers, widths = [], (3, 24, 24, 48, 48, 96, 96)
+    for before, width, stride in zip(widths, widths[1:], (2, 1) * 3):
+        convolution = nn.Conv2d(before, width, 3, stride, padding=1, bias=False)
         layers += [convolution, nn.GroupNorm(width // 8, width), nn.GELU()]
-        before = width
     return nn.Sequential(*layers)
 
 # ----------------------------------------
@@ -217,7 +210,7 @@ class Block(nn.Module):
     images kept, then scaled by B / kept. B x drop_path is rarely whole: `place` makes some blocks
     round up and others down, so that the mean is right."""
 
-    def __init__(self, dim, heads, ffn, layerscale, drop_path, place=0.5):
+    def __init__(self, dim, heads, ffn, layerscale, drop_path, place):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
         self.attn, self.mlp = Attention(dim, heads), ffn(dim)
@@ -232,26 +225,25 @@ class Block(nn.Module):
 
     def add(self, x, branch):
         kept = max(int(len(x) * (1 - self.drop_path) + self.place), 1)
-        if not self.training or self.drop_path == 0 or kept >= len(x):
+        if not self.training or kept >= len(x):
             return x + branch(x)
         chosen = torch.randperm(len(x), device=x.device)[:kept]
         return x.index_add(0, chosen, branch(x[chosen]).to(x.dtype), alpha=len(x) / kept)
 
 class VisionTransformer(nn.Module):
-    """ViT as in DINOv2, for images of any size that patch_size divides; img_size is that of the
-    stored positions. stem: "linear", DINOv2's projection of a patch, or "convs", see conv_stem."""
+    """ViT as in DINOv2, for images of any size that patch_size divides; img_size: of the stored
+    positions; stem: "linear", DINOv2's projection of a patch, or "convs", see conv_stem."""
 
-    def __init__(self, img_size=224, patch_size=14, embed_dim=384, depth=12, heads=6, swiglu=False,
-                 registers=0, layerscale=1e-5, drop_path=0.0, stem="linear"):
+    def __init__(self, img_size, patch_size, embed_dim, depth, heads, swiglu=False, registers=0,
+                 layerscale=1e-5, drop_path=0.0, stem="linear"):
         super().__init__()
         self.img_size, self.patch_size, self.embed_dim = img_size, patch_size, embed_dim
         self.registers, self.checkpoint_activations = registers, False
-        self.patch_embed = nn.ModuleDict()
         if stem == "convs":
-            self.patch_embed["stem"] = conv_stem()
-            self.patch_embed["proj"] = nn.Conv2d(STEM_WIDTHS[-1], embed_dim, 1)
+            parts = dict(stem=conv_stem(), proj=nn.Conv2d(96, embed_dim, 1))
         else:
-            self.patch_embed["proj"] = nn.Conv2d(3, embed_dim, patch_size, stride=patch_size)
+            parts = dict(proj=nn.Conv2d(3, embed_dim, patch_size, stride=patch_size))
+        self.patch_embed = nn.ModuleDict(parts)
         n = (img_size // patch_size) ** 2
         std = 0.02 if embed_dim >= 384 else 0.2
         self.cls_token = nn.Parameter(1e-6 * torch.randn(1, 1, embed_dim))
@@ -259,9 +251,8 @@ class VisionTransformer(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, embed_dim))
         if registers:
             self.register_tokens = nn.Parameter(1e-6 * torch.randn(1, registers, embed_dim))
-        ffn = SwiGLU if swiglu else Mlp
-        self.blocks = nn.ModuleList(Block(embed_dim, heads, ffn, layerscale, drop_path,
-                                          place=(i + 0.5) / depth) for i in range(depth))
+        options = embed_dim, heads, SwiGLU if swiglu else Mlp, layerscale, drop_path
+        self.blocks = nn.ModuleList(Block(*options, (i + 0.5) / depth) for i in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.apply(init_linear)
 
@@ -326,9 +317,9 @@ class DINOHead(nn.Module):
     def __init__(self, dim, K, hidden=2048, bottleneck=256, standardise=False):
         super().__init__()
         norm = [Standardise()] if standardise else []
-        layers = [nn.Linear(dim, hidden), *norm, nn.GELU(), nn.Linear(hidden, hidden), *norm,
-                  nn.GELU(), nn.Linear(hidden, bottleneck)]
-        self.mlp = nn.Sequential(*layers)
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, hidden), *norm, nn.GELU(), nn.Linear(hidden, hidden), *norm, nn.GELU(),
+            nn.Linear(hidden, bottleneck))
         self.apply(init_linear)
         v = nn.init.kaiming_uniform_(torch.empty(K, bottleneck), a=math.sqrt(5))  # as DINOv2
         self.last_layer = nn.ParameterDict({"weight_g": torch.ones(K, 1), "weight_v": v})
@@ -343,10 +334,9 @@ class DINOHead(nn.Module):
         return F.linear(self.on_sphere(x), self.prototypes())
 
 # ----------------------------------------
-# The teacher's targets. Its softmax alone would let everything fall onto one prototype. Sinkhorn-
-# Knopp finds, for this batch, the assignment nearest to the teacher's in which all prototypes are
-# used equally (Cuturi 2013; SwAV, Caron et al. 2020). Moving-average centering (DINO) subtracts
-# from the logits their running mean: cheaper, and balanced on average only.
+# The teacher's targets. Softmax alone would let all fall onto one prototype. Sinkhorn-Knopp finds
+# the nearest assignment in which a batch uses all equally (Cuturi 2013; SwAV, Caron et al. 2020).
+# Moving-average centering (DINO) subtracts the running mean: cheaper, balanced on average only.
 
 def all_reduce(x, op=dist.ReduceOp.SUM):
     """x summed (or op) over all processes, in place."""
@@ -417,13 +407,13 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, x, prototypes, targets, weights, temp):  # [R, C], [K, C], [R, K], [R], float
         dtype = (x[:0] @ prototypes[:0].T).dtype  # autocast's, where it is on
         p, half_x = prototypes.to(dtype), x.to(dtype)  # once, not for each few rows
-        mean = (weights.sum() / max(len(x), 1)).clamp_min(1e-30)
+        mean = weights.sum() / max(len(x), 1)
         weighted = (x * (weights / mean)[:, None]).to(dtype)
         loss, grad_x, grad_p = x.new_zeros(()), torch.zeros_like(x), torch.zeros_like(prototypes)
         some = max(2**24 // len(prototypes), 1)  # rows, whose logits take 64 MB
         for first in range(0, len(x), some):
             rows = slice(first, first + some)
-            t = targets[rows].to(x.dtype)
+            t = targets[rows]
             log_q = F.log_softmax((half_x[rows] @ p.T).to(x.dtype).div_(temp), dim=1)  # [rows, K]
             loss -= ((t * log_q).sum(1) * weights[rows]).sum()
             # d loss / d logits, without weights and 1/temp; t sums to over 1 with several answers
@@ -448,18 +438,16 @@ def koleo_loss(x, eps=1e-8):
     return -(x - x[nearest]).norm(dim=-1).clamp_min(eps).log().mean()
 
 # ----------------------------------------
-# One training step: the teacher looks at a batch and gives targets; the student looks at it, a
-# micro-batch at a time, and gives losses.
+# One training step: the teacher gives targets of a batch, the student losses of a micro-batch.
 
 def split_batch(global_views, local_views, masks, parts, device, dtype):
     """uint8 views [B, G, 3, S, S] and [B, L, 3, s, s], masks bool [B, G, N], to micro-batches on
-    the device: views as floats, masks; index [M], the places of masked patches among B*G*N; and
-    patch_weights [M], 1 / the masked patches of the same view. These are made here, on the CPU,
-    which would wait for a GPU that counts."""
+    the device: views as floats; masks; index [M], places of masked patches among B*G*N;
+    patch_weights [M], 1 / those of their view. The CPU counts, as it would wait for a GPU."""
     micro_batches = []
     for views, small, mask in zip(*(t.chunk(parts) for t in (global_views, local_views, masks))):
         index = mask.flatten().nonzero().squeeze(1)
-        patch_weights = (1 / mask.sum(2, keepdim=True).clamp_min(1)).expand_as(mask)[mask]
+        patch_weights = (1 / mask.sum(2, keepdim=True)).expand_as(mask)[mask]
         moved = [t.to(device, non_blocking=True) for t in (mask, index, patch_weights.to(dtype))]
         views, small = (normalise(t, device, dtype) for t in (views, small))
         micro_batches.append((views, small, *moved))
@@ -477,10 +465,9 @@ class DINO(nn.Module):
         self.student["backbone"].checkpoint_activations = cfg.checkpoint_activations
         self.teacher = self.network(drop_path=0.0).requires_grad_(False)
         self.teacher.load_state_dict(self.student.state_dict())
-        self.centers = nn.ParameterDict()
-        if cfg.centering == "moving-average":  # class and patch tokens have different means
-            self.centers.update({kind: torch.zeros(1, cfg.prototypes) for kind in ("cls", "patch")})
-        self.centers.requires_grad_(False)
+        kinds = ("cls", "patch") if cfg.centering == "moving-average" else ()  # their means differ
+        centers = {kind: torch.zeros(1, cfg.prototypes) for kind in kinds}
+        self.centers = nn.ParameterDict(centers).requires_grad_(False)
 
     def network(self, drop_path):
         cfg, sizes = self.cfg, HEAD_SIZES.get(self.cfg.arch, {})
@@ -494,10 +481,9 @@ class DINO(nn.Module):
         """For each micro-batch, for forward below, the targets of class tokens [B, G, K] and masked
         patches [M, K], balanced over the whole batch; and what the loop watches, and the means."""
         cls, patches = [], []  # of each micro-batch
-        for global_views, _, _, index, _ in micro_batches:
-            one_cls, all_patches = self.teacher["backbone"].forward_features(
-                global_views.flatten(0, 1))
-            cls.append(one_cls.unflatten(0, global_views.shape[:2]))  # [B, G, D]
+        for views, _, _, index, _ in micro_batches:
+            one_cls, all_patches = self.teacher["backbone"].forward_features(views.flatten(0, 1))
+            cls.append(one_cls.unflatten(0, views.shape[:2]))  # [B, G, D]
             patches.append(all_patches.flatten(0, 1)[index])  # [M, D]
         all_cls = torch.cat(cls)
         logits = self.teacher["dino_head"](all_cls.flatten(0, 1))  # [B G, K]
@@ -510,7 +496,7 @@ class DINO(nn.Module):
             patch_targets, patch_mean = sinkhorn_knopp(patch_logits, temp), None
         entropy = torch.special.entr(F.softmax(upcast(logits) / temp, dim=1)).sum(1).mean()
         seen = {"cls": all_cls, "entropy": entropy, "means": (mean, patch_mean)}
-        targets = targets.unflatten(0, all_cls.shape[:2]).split([len(one) for one in cls])
+        targets = targets.unflatten(0, all_cls.shape[:2]).chunk(len(cls))
         return list(zip(targets, patch_targets.split([len(one) for one in patches]))), seen
 
     def forward(self, global_views, local_views, masks, index, patch_weights, targets,
@@ -539,21 +525,19 @@ class DINO(nn.Module):
         teacher, student = list(self.teacher.parameters()), list(self.student.parameters())
         torch._foreach_lerp_(teacher, student, 1 - momentum)
         for center, mean in zip(self.centers.values(), means):
-            center.lerp_(mean.to(center.dtype), 0.1)
+            center.lerp_(mean, 0.1)
 
-def train_step(parallel, micro_batches, temp, autocast, scaler):
-    """Leaves gradients in the student; returns its losses and what the teacher saw. parallel: DINO,
-    or DistributedDataParallel around it."""
-    model = getattr(parallel, "module", parallel)
-    with autocast:
-        targets, seen = model.teacher_targets(micro_batches, temp)
+def train_step(run, micro_batches, temp):
+    """Leaves gradients in the student; returns its losses, what the teacher saw. run: set_up's."""
+    with run.autocast:
+        targets, seen = run.model.teacher_targets(micro_batches, temp)
     count, total = len(micro_batches), {}
-    for number, (micro_batch, its_targets) in enumerate(zip(micro_batches, targets), 1):
+    for micro_batch, its_targets in zip(micro_batches, targets):
         # DistributedDataParallel exchanges gradients in the last backward pass only
-        parallel.require_backward_grad_sync = number == count
-        with autocast:
-            losses = parallel(*micro_batch, *its_targets)  # DINO.forward
-        scaler.scale(sum(losses.values()) / count).backward()
+        run.parallel.require_backward_grad_sync = micro_batch is micro_batches[-1]
+        with run.autocast:
+            losses = run.parallel(*micro_batch, *its_targets)  # DINO.forward
+        run.scaler.scale(sum(losses.values()) / count).backward()
         for name, value in losses.items():
             total[name] = total.get(name, 0) + value.detach() / count
     return total, seen
@@ -573,22 +557,20 @@ def schedules(cfg, step):
         lr *= done / cfg.warmup
     else:
         lr = cosine(lr, 1e-6, (done - cfg.warmup) / max(1 - cfg.warmup, 1e-9))  # 1e-6: DINOv2
-    thawed, cold = 1.0, min(0.04, cfg.teacher_temp)  # 0.04: DINO
-    if cfg.freeze_backbone_steps:
-        thawed = min(max(step / cfg.freeze_backbone_steps - 1, 0), 1)
+    cold, freeze = min(0.04, cfg.teacher_temp), cfg.freeze_backbone_steps  # 0.04: DINO
+    thawed = min(max(step / freeze - 1, 0), 1) if freeze else 1
     warm = min(done / cfg.teacher_temp_warmup, 1) if cfg.teacher_temp_warmup else 1
     return {"lr": lr, "backbone_lr": lr * thawed, "momentum": cosine(cfg.momentum, 1.0, done),
             "weight_decay": cosine(0.04, cfg.weight_decay_end, done),
             "teacher_temp": cold + (cfg.teacher_temp - cold) * warm}
 
 def make_optimizer(student):
-    """AdamW with the parameter groups of DINOv2's long recipe: no weight decay on biases, norms and
-    LayerScale; the projection of patches learns at 0.2 of the rate."""
+    """AdamW, groups as in DINOv2's long recipe: patches' projection learns at 0.2 of the rate."""
     groups = {}
     linear = "stem" not in student["backbone"].patch_embed
     for name, parameter in student.named_parameters():
         rate = 0.2 if name.startswith("backbone.patch_embed") and linear else 1.0
-        decay = parameter.dim() > 1  # biases, norms and LayerScale's gains are vectors
+        decay = parameter.dim() > 1  # none of biases, norms and LayerScale's gains
         follows = "backbone_lr" if name.startswith("backbone") else "lr"
         group = dict(params=[], rate=rate, decay=decay, follows=follows)
         groups.setdefault((rate, decay, follows), group)["params"].append(parameter)
@@ -599,15 +581,14 @@ def apply_schedules(optimizer, now):
     """Sets rates and weight decay of all groups to those of `schedules`."""
     for group in optimizer.param_groups:
         group["lr"] = group["rate"] * now[group["follows"]]
-        group["weight_decay"] = now["weight_decay"] if group["decay"] else 0.0
+        group["weight_decay"] = now["weight_decay"] * group["decay"]
 
 # ----------------------------------------
 # The loop. `run` holds what it works with, see set_up: networks, optimiser, tiles, log.
 
 def train(cfg, monitor=None):
-    """Returns OUT/backbone.pth, the teacher's backbone. monitor(backbone, device): numbers by name,
-    asked at each checkpoint in every process. Raises UserError or OSError for what the user can
-    mend, SystemExit(128 + signal) after a signal."""
+    """Returns OUT/backbone.pth, the teacher's. monitor(backbone, device): numbers by name, asked at
+    each checkpoint in every process. Raises UserError, OSError, SystemExit(128 + signal)."""
     with ExitStack() as at_end:
         run = set_up(cfg, at_end)
         try:
@@ -634,8 +615,7 @@ def train_steps(cfg, run, monitor):
         torch.manual_seed(int(seeds.integers(2**62)))  # so that a resumed run goes on as it would
         micro_batches = split_batch(*views_and_masks, cfg.accumulate, run.device, run.floats)
         optimizer.zero_grad(set_to_none=True)
-        losses, seen = train_step(run.parallel, micro_batches, now["teacher_temp"], run.autocast,
-                                  scaler)
+        losses, seen = train_step(run, micro_batches, now["teacher_temp"])
         scaler.unscale_(optimizer)
         norms = {f"grad_{name[:4]}": nn.utils.clip_grad_norm_(part.parameters(), 3.0)  # DINOv2
                  for name, part in model.student.items()}
@@ -679,9 +659,8 @@ def train_steps(cfg, run, monitor):
             save(run)
 
 # ----------------------------------------
-# A run: what it works with, its log and its checkpoints. All randomness is a function of (seed,
-# sample, epoch), see augment.py, or (seed, step). So a resumed run is the uninterrupted one, on a
-# CPU bit for bit.
+# A run, its log and its checkpoints. All randomness is a function of (seed, sample, epoch), see
+# augment.py, or (seed, step): a resumed run is the uninterrupted one, on a CPU bit for bit.
 
 MAY_CHANGE = {"data", "out", "init", "workers", "device", "dtype", "compile", "eval_data",
               "checkpoint_activations", "accumulate", "iters", "save_every", "log_every"}
@@ -697,7 +676,7 @@ def set_up(cfg, at_end):
     if rank == 0:
         at_end.enter_context(lock(out))
     tiles, checksum = find_tiles(cfg)
-    floats = torch.float64 if dtype == torch.float64 else torch.float32  # of parameters
+    floats = torch.promote_types(dtype, torch.float32)  # of parameters
     torch.manual_seed(cfg.seed)
     model = DINO(cfg).to(device, floats)
     student, teacher = model.student["backbone"], model.teacher["backbone"]
@@ -720,16 +699,15 @@ def set_up(cfg, at_end):
     run = SimpleNamespace(
         cfg=cfg, out=out, rank=rank, world=world, device=device, floats=floats, tiles=tiles,
         loader=batches(cfg, tiles, step, student.patch_size, rank, world, workers, pin=gpu),
-        model=model, optimizer=optimizer, scaler=scaler,
+        model=model, optimizer=optimizer, scaler=scaler, first=step, waited=0.0,
         parallel=nn.parallel.DistributedDataParallel(model) if world > 1 else model,
         autocast=torch.autocast(device.type, dtype, enabled=dtype.itemsize == 2),
         parts=parts, about=about, step=step,  # of a checkpoint; step: how many are done
         log=open_metrics(out, step) if rank == 0 else open(os.devnull, "w"),
         last=deque(maxlen=1024),  # class tokens [G, D] of as many images
-        faults=dict(tiles.skipped), first=step, since=time.monotonic(), waited=0.0)
+        faults=dict(tiles.skipped), caught=catch_signals(at_end), since=time.monotonic())
     say(run, f"{cfg.arch} on {len(tiles)} {cfg.unit} of {len(tiles.files)} images; {world} x "
              f"{device.type}, {dtype}", *tiles.notes, note)
-    run.caught = catch_signals(at_end)
     at_end.callback(run.loader.close)
     return run
 
@@ -747,12 +725,11 @@ def batches_of(run):
         began = time.monotonic()
 
 def say(run, *lines):
-    if run.rank == 0 and any(lines):
+    if run.rank == 0:
         print(*filter(None, lines), sep="\n", flush=True)
 
 def write_down(run, now, numbers, finite, tell):
-    """A line of metrics.jsonl, with the step's number from 0; if tell, one to read, with the steps
-    done."""
+    """A line of metrics.jsonl, steps counted from 0; if tell, one to read, with the steps done."""
     if tell:
         numbers |= watch(run.last)
     line = {"step": run.step - 1, **now, "skipped": not finite, **numbers}
@@ -762,7 +739,7 @@ def write_down(run, now, numbers, finite, tell):
         cfg, seconds = run.cfg, time.monotonic() - run.since
         rate = (run.step - run.first) / seconds
         told = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
-        say(run, list_skipped(run.out / "skipped.txt", run.faults),
+        say(run, list_skipped(run),
             f"step {run.step}/{cfg.iters}  {told}  {rate * cfg.batch_size:.1f} images/s, "
             f"{run.waited / seconds:.0%} waiting for them  "
             f"{(cfg.iters - run.step) / rate:.0f} s left", collapse(numbers, cfg.prototypes))
@@ -798,7 +775,7 @@ def go_on(cfg, parts, about):
     for path in filter(Path.exists, (newest, newest.with_name("previous.pth"))):
         try:
             saved = load(path, cfg, parts)
-        except Exception as error:  # a different type for each way in which it can be wrong
+        except Exception as error:
             said += f"{path}: can't go on from it ({error}); "
             continue
         if path != newest and newest.exists():  # or it would take the good one's place
@@ -818,7 +795,7 @@ def find_tiles(cfg):
     if len(tiles) < cfg.batch_size:
         raise UserError(f"{len(tiles)} {cfg.unit} are fewer than --batch-size {cfg.batch_size}")
     names = [os.path.basename(path) for path in tiles.files], tiles.sizes.tolist(), len(tiles)
-    return tiles, zlib.crc32(repr(names).encode("utf-8", "replace"))
+    return tiles, zlib.crc32(repr(names).encode())
 
 def lock(out):
     """OUT is this process's own until the returned lock is released."""
@@ -829,8 +806,7 @@ def lock(out):
         raise UserError(f"--out {out}: another run writes there; choose another") from None
 
 def write_aside(path, state, keep=None):
-    """torch.save into a new file, then renamed over path (which becomes keep): whatever happens, a
-    whole file is there. Raises OSError."""
+    """torch.save, renamed over path (which becomes keep) once it is whole. Raises OSError."""
     aside = path.with_name(path.name + ".new")
     try:
         with open(aside, "wb") as file:
@@ -849,15 +825,16 @@ def open_metrics(out, start):
     path, new = out / "metrics.jsonl", out / "metrics.new"
     if start == 0:
         (out / "skipped.txt").unlink(missing_ok=True)
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    steps = [(re.match(rb'{"step": (\d+),.*}$', line), line) for line in lines]
-    new.write_bytes(b"".join(line + b"\n" for step, line in steps if step and int(step[1]) < start))
+    path.touch()
+    lines = re.findall(rb'^({"step": (\d+),.*})', path.read_bytes(), re.MULTILINE)
+    new.write_bytes(b"".join(line + b"\n" for line, step in lines if int(step) < start))
     return open(new.replace(path), "a")
 
-def list_skipped(path, faults):
-    """Lists unreadable files, {path: reason}, each once; what to say of it."""
+def list_skipped(run):
+    """Lists unreadable files, each once; what to say of it."""
+    path = run.out / "skipped.txt"
     listed = path.read_text("utf-8").splitlines() if path.exists() else []
-    new = sorted({str(BadImage(*fault)) for fault in faults.items()} - set(listed))
+    new = sorted({str(BadImage(*fault)) for fault in run.faults.items()} - set(listed))
     if not new:
         return ""
     with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
@@ -881,7 +858,7 @@ def watch(last):
         return {}
     cls = torch.stack(list(last)).float()  # [1024, G, D]
     x = F.normalize(cls, dim=2)
-    first, second = x[:, 0].unflatten(0, (16, 64)), x[:, 1].unflatten(0, (16, 64))
+    first, second = x.unflatten(0, (16, 64))[:, :, :2].unbind(2)  # [16, 64, D]
     found = (first @ second.transpose(1, 2)).argmax(2)  # [16, 64]
     match = (found == torch.arange(64, device=x.device)).float().mean()
     return {"rank": effective_rank(cls.flatten(0, 1)), "match": float(match),
@@ -911,18 +888,16 @@ def load_file(name):
     UserError for all that can be wrong with it."""
     path = str(name)
     try:
-        if path in DINOV2 and not os.path.exists(path):
+        if path in DINOV2:
             url = DINOV2[path]
             return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
         if path.startswith("hf_hub:"):
             import huggingface_hub as hub
-
             files = hub.list_repo_files(path[7:])
             best = max(files, key=lambda f: (f.endswith("safetensors"), f.endswith(("pth", "bin"))))
             path = hub.hf_hub_download(path[7:], best)
         if path.endswith(".safetensors"):
             import safetensors.torch
-
             return safetensors.torch.load_file(path)
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
             raise ValueError("a wrong checksum, which torch does not check")
@@ -1011,16 +986,15 @@ def cores():
 def choose_device(cfg):
     """Device and dtype of products."""
     local = int(os.environ.get("LOCAL_RANK", 0))
-    there = {"cuda": local < torch.cuda.device_count(), "mps": torch.backends.mps.is_available(),
-             "cpu": True}
+    there = dict(cuda=local < torch.cuda.device_count(), mps=torch.mps.device_count() > 0, cpu=True)
     name = max(there, key=there.get) if cfg.device == "auto" else cfg.device  # the first there
     if not there[name]:
         raise UserError(f"--device {name}: PyTorch finds none (for each process)")
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    best = "bfloat16" if fast else "float32"  # a ViT-S step on 2 cores of a Zen 4: 7.3 s for 10.9
+    fast, other = torch.cpu._is_avx512_bf16_supported(), "float32"
+    fast = fast or torch.cpu._is_amx_tile_supported()
     if name == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        best = "bfloat16" if fast else "float16"
+        fast, other = torch.cuda.is_bf16_supported(including_emulation=False), "float16"
+    best = "bfloat16" if fast else other  # a ViT-S step on 2 cores of a Zen 4: 7.3 s for 10.9
     dtype = getattr(torch, best if cfg.dtype == "auto" else cfg.dtype)
     return torch.device(name, local if name == "cuda" else None), dtype
 
@@ -1033,7 +1007,6 @@ def start_processes(device):
         torch.set_num_threads(cores())
     if world > 1 and not dist.is_initialized():
         from torch.distributed.nn import functional  # noqa: F401  (later it would hold the group)
-
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=10))
     return int(os.environ.get("RANK", 0)), world
@@ -1088,7 +1061,7 @@ def parse_args(argv):
     parser.print_usage = lambda *_: None  # an error is one line
     for field in dataclasses.fields(Config):
         default = field.metadata["default"]
-        kind = dict(type=type(default), choices=field.metadata["choices"])
+        kind = dict(type=field.type, choices=field.metadata["choices"])
         if isinstance(default, list):
             kind = dict(nargs="+", type=field.type.__args__[0])
         elif isinstance(default, bool | None):
@@ -1106,11 +1079,9 @@ def main(argv=None):
         cfg = parse_args(argv)
         if not cfg.data:
             from smears import demo
-
             demo(cfg)
         elif cfg.eval_data:
             from eval import knn_monitor
-
             train(cfg, knn_monitor(cfg))
         else:
             train(cfg)
