@@ -1,11 +1,9 @@
 """From an image file to training views: tiles of smears, RedDino's 32 pixel transforms, multi-crop.
 
-An image travels through read_image (or is a BadImage), Tiles (its 224 x 224 windows, or its cells)
-and MultiCrop (2 global and L local views). Pixels are RGB uint8 all the way (`ct`: values until
-RandomWindow). `python figures.py SMEAR.jpg` draws every transform. Papers: RedDino (Zedda et al.,
-MICCAI 2025), DINOv2 (Oquab et al., 2023), multi-crop (SwAV, Caron et al., 2020)."""
+An image travels through read_image, Tiles (its 224 x 224 windows, or cells), MultiCrop (2 global, L
+local views) and Batches as RGB uint8 (`ct`: values until RandomWindow). Papers: RedDino (Zedda et
+al., MICCAI 2025), DINOv2 (Oquab et al., 2023), multi-crop (SwAV, Caron et al., 2020)."""
 import hashlib
-import itertools
 import logging
 import math
 import multiprocessing
@@ -17,36 +15,35 @@ from collections import ChainMap, Counter
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
-os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # before its import, or it asks the network
-os.environ["OPENCV_LOG_LEVEL"] = "SILENT"  # what is wrong with a file is said by BadImage alone
+os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # or its import asks the network
+os.environ["OPENCV_LOG_LEVEL"] = "SILENT"  # BadImage alone says what is wrong
 import albumentations as A
 import cv2
 import numpy as np
 import torch
 from PIL import Image, ImageOps, ImageSequence
 
-cv2.setNumThreads(0)  # loading processes are the parallelism; OpenCV's threads would fight them
+cv2.setNumThreads(0)  # the loading processes already share the cores
 warnings.filterwarnings("ignore", module=r"PIL\.|pydicom")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as DINOv2's weights expect
 
 class UserError(Exception):
-    """What the user can put right: main() prints it as one line and exits with code 2."""
+    """What the user can put right: main() prints it as one line, exit code 2."""
 
 class BadImage(Exception):
-    """A file that gives no pixels: .path, and .reason in one line. Training lists it, goes on."""
+    """A file without pixels: .path, .reason in one line. Training lists it and goes on."""
 
     def __init__(self, path, reason):
-        self.path, self.reason = path, " ".join(str(reason).split())[:300]
-        super().__init__(path, self.reason)  # args are what survives pickling, out of a worker
+        self.path, self.reason = path, " ".join(reason.split())[:300]
+        super().__init__(path, self.reason)  # these survive pickling
 
     def __str__(self):
-        return f"{self.path!r}: {self.reason}"  # !r: names with newlines print on one line too
+        return f"{self.path!r}: {self.reason}"  # !r: a name may hold newlines
 
-# --------------------------------------------------------------------------------------------------
-# Files. Whatever a folder collected over years ends as RGB pixels or as one BadImage. A path names
-# one image; FILE#0, FILE#1, ... are the frames of a DICOM file.
+# ----------------------------------------
+# Files. Each ends as RGB pixels or as one BadImage. FILE#0, FILE#1, ... are frames of a DICOM file.
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".npy", ".dcm")
 MAX_PIXELS = 40_000_000  # 6,324 x 6,324; reading one takes up to 0.9 GiB
@@ -55,35 +52,32 @@ cv2.imread('FILE'); [cv2.imwrite(f'{{y}}_{{x}}.png', i[y:y+4096, x:x+4096]) for 
 len(i), 4096) for x in range(0, len(i[0]), 4096)]" """
 
 def find_images(folder, notes=None):
-    """Paths of all images below `folder`, by extension (DICOM without one by its magic), sorted.
-    Hidden ones (Trash, checkpoints of notebooks) are left out, links to folders followed, each
-    folder once. UserError if it can't be listed; what is left out is told to the list `notes`."""
-    candidates, seen, errors, notes = [], set(), [], [] if notes is None else notes
+    """Paths of all images below `folder`, by extension (DICOM without one by its magic), sorted;
+    hidden ones (Trash, notebooks' checkpoints) left out, links followed, each folder once. To the
+    list `notes` goes what is left out. UserError if `folder` can't be listed."""
+    files, seen, errors, notes = [], set(), [], [] if notes is None else notes
     for here, folders, names in os.walk(folder, onerror=errors.append, followlinks=True):
         if os.path.realpath(here) in seen:  # a link that leads back
             folders.clear()
             continue
         seen.add(os.path.realpath(here))
         folders[:] = [name for name in folders if name[0] != "."]
-        candidates += [os.path.join(here, name) for name in names if name[0] != "."]
+        files += [os.path.join(here, name) for name in names if name[0] != "."]
     for error in errors:
         if error.filename == folder:
             raise UserError(f"{folder!r} is not a folder that can be listed: {error.strerror}")
         notes.append(f"left out: {error.filename!r} can't be listed ({error.strerror})")
-    candidates.sort()
-    paths, others = [], Counter()
+    files.sort()
     with ThreadPoolExecutor(16) as pool:  # mostly waiting for the disk or the network
-        for file, images in zip(candidates, pool.map(images_in, candidates)):
-            paths += images
-            if not images:
-                others[Path(file).suffix.lower()] += 1
+        images = list(pool.map(images_in, files))
+    others = Counter(Path(file).suffix.lower() for file, own in zip(files, images) if not own)
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items()) if kind)
     if kinds:
         notes.append(f"left out, as no images: {kinds} in {folder!r}")
-    return paths
+    return [path for own in images for path in own]
 
 def images_in(file):
-    """Paths of the images in a file: none, itself, or the frames of a DICOM file."""
+    """Paths of a file's images: none, itself, or the frames of a DICOM file."""
     kind = Path(file).suffix.lower()
     if kind not in ("", ".dcm") and not kind[1:].isdecimal():  # IM0001, 1.2.840.113619.2
         return [file] if kind in EXTENSIONS else []
@@ -119,16 +113,13 @@ def dicom_group(path):
     try:
         patient = dicom_header(file_and_frame(path)[0]).PatientID
         return hashlib.sha256(patient.encode()).hexdigest()[:12] if patient else None
-    except Exception:  # no DICOM file, or one that read_image complains of
+    except Exception:  # no DICOM file, or a broken one
         return None
 
-def read_image(path, header_only=False, writable=True, window=None, raw=False):
-    """An image's pixels, RGB uint8 [H, W, 3], upright by its EXIF. Raises BadImage, nothing else.
-
-    header_only: (H, W) instead, without decoding. writable=False spares a copy. More than 8 bits
-    are made 8 by window (level, width) in their own units, else by their depth; or grey stays as it
-    is (raw): float32 [H, W], in HU where there is no window. Who shows white as 0 is inverted,
-    unless raw."""
+def read_image(path, header_only=False, window=None, raw=False):
+    """An image's pixels, RGB uint8 [H, W, 3], upright by its EXIF, 0 black. Raises BadImage alone.
+    header_only: (H, W), without decoding. More than 8 bits are made 8 by window (level, width) in
+    their units, else by their depth. raw: such grey stays, float32 [H, W], in HU if no window."""
     try:
         file, frame = file_and_frame(path)
         if os.path.exists(file) and not os.path.isfile(file):
@@ -146,21 +137,20 @@ def read_image(path, header_only=False, writable=True, window=None, raw=False):
             if header_only:
                 return height, width
             pixels = to_rgb(*next(reader), window, raw)
-        return np.array(pixels, order="C") if writable else np.ascontiguousarray(pixels)
-    except Image.DecompressionBombError:  # a header of 60,000 x 60,000 costs a few bytes
+        return np.array(pixels, order="C")  # not the decoder's, which can't be written to
+    except Image.DecompressionBombError:  # a header costs a few bytes
         reason = TOO_LARGE
     except Image.UnidentifiedImageError:
         reason = "not an image, or of a kind that can't be read"
     except Exception as error:  # decoders raise what they like: SyntaxError, struct.error, ...
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        reason = str(getattr(error, "strerror", None) or error) or type(error).__name__
+        reason = reason.replace("all plugins are missing", "pip install one of the")  # pydicom's
     raise BadImage(path, reason)
 
-# Readers are generators of two steps: from the header (height, width); then, decoded, the array and
-# whether its 0 is white.
-
+# Readers yield (height, width), from the header; then, decoded, the array and whether 0 is white.
 def array_reader(file):
     try:
-        values = np.load(file, mmap_mode="r", allow_pickle=False)
+        values = np.load(file, mmap_mode="r")
         grey = values.ndim == 2 and values.dtype.kind in "iuf"
         if not values.size or not (grey or (values.shape[2:], values.dtype) == ((3,), np.uint8)):
             raise ValueError(f"it holds {values.dtype} {list(values.shape)}")
@@ -171,7 +161,7 @@ def array_reader(file):
     yield values, False
 
 def dicom_reader(file, frame, header):
-    """By pydicom: values in the units of the modality, for CT HU; or colours."""
+    """By pydicom: colours, or values in the modality's units, CT's in HU."""
     from pydicom.pixels import apply_color_lut, apply_modality_lut, pixel_array
 
     if "Rows" not in header:
@@ -180,11 +170,7 @@ def dicom_reader(file, frame, header):
         raise ValueError(f"{header.NumberOfFrames} frames: name one, {file}#0 for the first")
     yield header.Rows, header.Columns
     frame, units, coding = frame or 0, header, header.PhotometricInterpretation
-    try:
-        pixels = pixel_array(file, index=frame)
-    except RuntimeError as error:  # pydicom names the plug-ins that could decode it
-        reason = str(error).replace("all plugins are missing", "pip install one of the")
-        raise ValueError(reason) from None
+    pixels = pixel_array(file, index=frame)
     if coding == "PALETTE COLOR":
         yield apply_color_lut(pixels, header), False
     of_all = header.get("SharedFunctionalGroupsSequence", [])  # in enhanced CT, MR
@@ -194,24 +180,23 @@ def dicom_reader(file, frame, header):
     yield apply_modality_lut(pixels, units), coding == "MONOCHROME1"
 
 def picture_reader(stream):
-    """By PIL, or by OpenCV where PIL would reduce colours to 8 bits."""
+    """By PIL, or OpenCV where PIL would make colours 8 bits."""
     im = Image.open(stream)
-    tags = im.tag_v2 if im.format == "TIFF" else {}
-    # PIL turns a TIFF by itself; EXIF behind a PNG's pixels is not looked for: that decodes them
+    tags = getattr(im, "tag_v2", {})  # of a TIFF
+    # PIL turns TIFFs itself; EXIF behind a PNG's pixels is left alone: to find it decodes them
     has_exif = not tags and "exif" in im.info
     turned = has_exif and im.getexif().get(0x0112) in (5, 6, 7, 8)
-    yield (im.width, im.height) if turned else (im.height, im.width)
+    yield im.size if turned else im.size[::-1]  # size: width, height
     if im.info.get("progressive"):
         stream.seek(0)
         if stream.read().count(b"\xff\xda") > 200:  # 2,000 take minutes
             raise ValueError("a JPEG of too many scans: save it anew")
     deep = np.max(tags.get(258, 8)) > 8 or ";16" in str(im.tile)
     white_is_0 = deep and tags.get(262) == 0  # at 8 bits PIL inverts
-    if tags and im.mode[0] in "LIF" and im.n_frames == 3:  # OME-TIFF, ImageJ: a page a colour
-        pages = [np.array(page) for page in ImageSequence.Iterator(im)]
+    if tags and im.mode[0] in "LIF" and im.n_frames == 3:  # OME-TIFF, ImageJ: pages of colours
+        pages = ImageSequence.all_frames(im, np.array)
         if {page.shape for page in pages} == {pages[0].shape[:2]}:
             yield np.dstack(pages), white_is_0
-        im.seek(0)
     im.load()  # an error where it is cut short
     if deep and len(im.getbands()) > 1:
         pixels = cv2.imread(stream.name, cv2.IMREAD_UNCHANGED)
@@ -221,21 +206,17 @@ def picture_reader(stream):
         yield pixels[..., [2, 1, 0, 3][:pixels.shape[2]]], white_is_0  # OpenCV's are BGR
     upright = ImageOps.exif_transpose(im) if has_exif else im
     if im.mode[0] not in "IF":  # CMYK and palettes too
-        alpha = "A" in im.mode.upper() or "transparency" in im.info
-        upright = upright.convert("RGBA" if alpha else "RGB")
+        upright = upright.convert("RGBA" if im.has_transparency_data else "RGB")
     yield np.asarray(upright), white_is_0
 
 @np.errstate(over="ignore")
 def to_rgb(pixels, white_is_0, window, raw):
-    """What a file holds, [H, W] or with alpha [H, W, 3 or 4] -> RGB uint8 [H, W, 3]; raw: grey of
-    more than 8 bits -> float32 [H, W]. NaN and inf count as the lowest."""
-    colours, alpha = pixels, None
-    if pixels.shape[2:] == (4,):
-        colours, alpha = pixels[..., :3], pixels[..., 3]
+    """A file's [H, W] or [H, W, 3 or 4] -> what read_image returns. NaN and inf are the lowest."""
+    colours = pixels if pixels.ndim == 2 else pixels[..., :3]
     if pixels.dtype != np.uint8:
         values = np.array(colours, np.float32, order="C")
-        lowest = values.min(where=np.isfinite(values), initial=0)
-        values = np.nan_to_num(values, nan=lowest, posinf=lowest, neginf=lowest)
+        finite = np.isfinite(values)
+        values[~finite] = values.min(where=finite, initial=0)
         if raw and values.ndim == 2:
             if pixels.dtype.kind == "u" and not window:
                 raise ValueError("no sign: is water 0, 1024? --window LEVEL WIDTH as in 1064 400")
@@ -245,15 +226,16 @@ def to_rgb(pixels, white_is_0, window, raw):
         colours = 255 - colours
     if colours.ndim == 2:
         colours = np.dstack([colours] * 3)
-    if alpha is not None and alpha.any():  # alpha that is 0 everywhere was never written
-        alpha = np.dstack([alpha if alpha.dtype == np.uint8 else np.uint8(alpha / 257)] * 3)
+    if pixels.shape[2:] == (4,) and pixels[..., 3].any():  # 0 everywhere was never written
+        alpha = np.dstack([pixels[..., 3]] * 3)
+        alpha = alpha if alpha.dtype == np.uint8 else np.uint8(alpha / 257)
         colours = 255 - cv2.multiply(255 - colours, alpha, scale=1 / 255)  # onto white
     return colours
 
 def full_scale(values, kind):
-    """Level and width for an image without a window. Cameras leave the top bits of 16 unused, so
-    white is the smallest of 8, 10, 12, 14, 16 bits that holds all but the brightest 0.1% (hot
-    pixels): stretching by the file's own range would undo its exposure. Floats about 0..1: 1."""
+    """Level and width where no window is given. Cameras leave the top bits of 16 unused: white is
+    the smallest of 8, 10, ... 16 bits that holds all but the brightest 0.1% (hot pixels). (The
+    file's own range would undo its exposure.) Floats about 0..1: white is 1."""
     if values.max() < -10 * values.min():  # a little below 0 is noise
         raise ValueError("values far below 0: say --window LEVEL WIDTH, for a CT in HU e.g. 40 400")
     brightest = float(np.percentile(values, 99.9))
@@ -263,44 +245,39 @@ def full_scale(values, kind):
     return white / 2, white
 
 def apply_window(values, level, width):
-    """Values of any unit -> uint8: level - width/2 and less is black, level + width/2 and more is
-    white (DICOM PS3.3 C.11.2.1.3.2, LINEAR_EXACT). CT counts in Hounsfield units, HU: air -1000,
-    fat -100, water 0, muscle 50, bone 1000."""
+    """Values -> uint8: level - width/2 black, level + width/2 white (DICOM PS3.3 C.11.2.1.3.2,
+    LINEAR_EXACT). CT's Hounsfield units, HU: air -1000, fat -100, water 0, muscle 50, bone 1000."""
     return (255 / width * (values - (level - width / 2))).clip(0, 255).astype(np.uint8)
 
 def check_window(window):
-    """UserError unless it is none, or a level and a width."""
+    """UserError unless it is none or a level and a width."""
     if window and not (len(window) == 2 and window[1] > 0 and np.isfinite(window).all()):
         raise UserError("--window takes LEVEL and WIDTH, finite, the width above 0")
 
-# --------------------------------------------------------------------------------------------------
-# Tiles. RedDino: patches cut from whole smears beat segmented cells, so an image counts as its
-# 224 x 224 windows (tiles from now on, as a patch is a ViT's token). A bare grid drops 35% of a
-# 640 x 480 smear; windows spread evenly from edge to edge (3 x 3) keep all of it. Single cells are
-# the other choice, --unit cells. Decoding takes long: images are kept as far as KEEP bytes reach.
+# ----------------------------------------
+# Tiles. RedDino: patches cut from whole smears beat segmented cells (here --unit cells), so an
+# image counts as its 224 x 224 windows (tiles, as a patch is a ViT's token). A bare grid drops 35%
+# of a 640 x 480 smear; 3 x 3 windows spread evenly from edge to edge keep all of it.
 
-KEEP = 600e6  # decoded, in each loading process: 650 smears of 640 x 480
+KEEP = 600e6  # bytes of decoded images in each loading process: 650 smears of 640 x 480
 
 def window_starts(length, tile_size):
-    """Where the fewest windows begin that cover 0..length, evenly spaced; one if tile_size is 0."""
+    """Starts of the fewest windows that cover 0..length, evenly spaced; one if tile_size is 0."""
     n = math.ceil(length / tile_size) if tile_size else 1
     return [round(k * (length - tile_size) / (n - 1)) for k in range(n)] if n > 1 else [0]
 
 def find_cells(image, size=80):
     """Centres [n, 2] (x, y) of the cells in a stained smear, RGB uint8 [H, W, 3], without labels.
-
-    size: side of the square that will be cut around a cell, which is taken to be half as wide or
-    more; squares that leave the image are dropped. (Otsu 1979; touching cells part where the
-    distance transform peaks.) On drawn smears, cells of 40 to 50 pixels: at 56 98% are found, and
-    95% of what is found are cells; at 80 96% and 97%."""
+    size: side of the square to be cut around a cell, of which the cell fills half or more; none
+    leaves the image. (Otsu 1979; touching cells part where the distance transform peaks.) At 56 it
+    finds 98% of drawn cells of 40 to 50 pixels, at 80 96%; 95% and 97% of its finds are cells."""
     grey = cv2.GaussianBlur(image[..., 1], (0, 0), size / 50)  # green: haemoglobin swallows it
     _, dark = cv2.threshold(grey, 0, 255, cv2.THRESH_BINARY_INV + cv2.THRESH_OTSU)
     _, gap, stats, _ = cv2.connectedComponentsWithStats(255 - dark, connectivity=4)
     pale = stats[:, cv2.CC_STAT_AREA] < size**2 / 8
-    pale[0] = False
-    dark[pale[gap]] = 255  # pale middles belong to their cells; larger gaps between cells do not
+    dark[pale[gap]] = 255  # pale middles of cells belong to them; larger gaps do not
     depth = cv2.GaussianBlur(cv2.distanceTransform(dark, cv2.DIST_L2, 5), (0, 0), size / 40)
-    near = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size // 3 | 1, size // 3 | 1))
+    near = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, [size // 3 | 1] * 2)
     y, x = np.nonzero((depth == cv2.dilate(depth, near)) & (depth > size / 18))
     _, blob, stats, middle = cv2.connectedComponentsWithStats(dark)
     blob = blob[y, x]
@@ -312,40 +289,37 @@ def find_cells(image, size=80):
 
 class Tiles:
     """Folders of images as one list of tiles: t[i] -> RGB uint8 [h, w, 3], or BadImage.
-
-    unit "tiles": windows of tile_size (0: the whole image); of several sizes each cuts all of the
-    image: as all views end at one size, these are magnifications. unit "cells": squares around the
-    cells of find_cells, for which every image is decoded here; else only headers are read. window,
-    raw: see read_image. files: the readable images. sources: (folder, first tile, one past the
-    last). skipped: {path: reason}. notes: what was left out. UserError for a folder missing, given
-    twice or without images, and if most files are unreadable."""
+    unit "tiles": windows of tile_size (0: the whole image); several sizes are magnifications, as
+    all views end at one. unit "cells": squares around what find_cells finds, for which images are
+    decoded here, else headers alone. window, raw: see read_image. files: the readable images.
+    sources: of each folder (first tile, one past the last). skipped: {path: reason}. notes: what
+    was left out. UserError for a folder missing, twice or empty, or if most files can't be read."""
 
     def __init__(self, folders, tile_size=224, window=None, raw=False, unit="tiles"):
         self.tile_sizes, self.unit = np.atleast_1d(tile_size).tolist(), unit
         self.files, self.sources, self.skipped, self.notes = [], [], {}, []
-        self.reading = {"window": window, "raw": raw}
+        self.window, self.raw = window, raw
         if unit == "cells" and (0 in self.tile_sizes or (raw and not window)):
             raise UserError("--unit cells: needs a --tile-size above 0, and for ct a --window")
-        if len({os.path.realpath(folder) for folder in folders}) < len(folders):
+        if len(set(map(os.path.realpath, folders))) < len(folders):
             raise UserError(f"--data names a folder twice: {' '.join(map(repr, folders))}")
         sizes, squares = [], []
         for folder in folders:
             first, paths = len(squares), find_images(folder, self.notes)
             if not paths:
-                raise UserError(f"no images in {folder!r} or below it; looked for "
-                                f"{' '.join(EXTENSIONS)}")
+                raise UserError(f"no images in {folder!r} or below: none of {' '.join(EXTENSIONS)}")
             with ThreadPoolExecutor(16) as pool:
                 looks = [pool.submit(self.look, path) for path in paths]
             for path, look in zip(paths, looks):
                 try:
-                    size, squares_of_one = look.result()
+                    size, own = look.result()
                 except BadImage as bad:
                     self.skipped[path] = bad.reason
                     continue
-                squares += [(len(sizes), *square) for square in squares_of_one]
+                squares += [(len(sizes), *square) for square in own]
                 sizes.append(size)
                 self.files.append(path)
-            self.sources.append((folder, first, len(squares)))
+            self.sources.append((first, len(squares)))
         if len(self.skipped) > len(self.files):
             bad = BadImage(*next(iter(self.skipped.items())))
             raise UserError(f"{len(self.skipped)} of {len(self.skipped) + len(self.files)} images "
@@ -358,12 +332,12 @@ class Tiles:
     def look(self, path):
         """(height, width) of an image, and (side, top, left) of its tiles."""
         if self.unit == "cells":
-            image = read_image(path, writable=False, window=self.reading["window"])
-            dark = 255 - image if self.reading["raw"] else image  # CT: vessels, bones are bright
+            image = read_image(path, window=self.window)
+            dark = 255 - image if self.raw else image  # CT: vessels, bones are bright
             return image.shape[:2], [
                 (side, round(y - side / 2), round(x - side / 2))
                 for side in self.tile_sizes for x, y in find_cells(dark, side)]
-        height, width = read_image(path, header_only=True, **self.reading)
+        height, width = read_image(path, header_only=True)
         return (height, width), [
             (side, top, left) for side in self.tile_sizes
             for top in window_starts(height, side) for left in window_starts(width, side)]
@@ -372,16 +346,16 @@ class Tiles:
         return len(self.squares)
 
     def file_of(self, i):
-        """Path of the image that tile i is cut from."""
+        """Path of tile i's image."""
         return self.files[self.image[i]]
 
     def __getitem__(self, i):
-        if not 0 <= i < len(self):
-            raise IndexError(f"tile {i} of {len(self)}")
+        if i < 0:
+            raise IndexError(f"tile {i}")
         number, (side, top, left) = self.image[i], self.squares[i]
         image = self.kept.pop(number, None)
         if image is None:
-            image = read_image(self.files[number], writable=False, **self.reading)
+            image = read_image(self.files[number], window=self.window, raw=self.raw)
             if image.shape[:2] != tuple(self.sizes[number]):
                 raise BadImage(self.files[number], "its size has changed since the run began")
             self.bytes += image.nbytes
@@ -391,10 +365,9 @@ class Tiles:
         return (image[top:top + side, left:left + side] if side else image).copy()
 
     def shuffled(self, first, last, rng, mix=0, batch=1):
-        """Tiles first..last-1 in random order, those of some images at a time: of as many as fill
-        half of KEEP, so that each is decoded once an epoch and not once a tile (at 2560 x 1920 82%
-        of loading, now 4%). mix: of at most so many; of 1 come `batch` tiles in a row, repeated
-        where it has fewer."""
+        """Tiles first..last-1 in random order, of as many images at a time as fill half of KEEP:
+        each is decoded once an epoch, not once a tile (at 2560 x 1920 82% of loading, now 4%). mix:
+        of at most so many; of 1 come `batch` tiles in a row, repeated if it has fewer."""
         numbers, image = np.unique(self.image[first:last], return_inverse=True)
         if mix == 1:
             order = []
@@ -402,19 +375,18 @@ class Tiles:
                 own = rng.permutation(np.flatnonzero(image == k))
                 order.append(np.resize(own, max(len(own) // batch, 1) * batch))
             return first + np.concatenate(order)
-        size = np.sort(self.sizes[numbers].prod(1)) * (4 if self.reading["raw"] else 3)  # bytes
-        fitting = len(numbers) if size.sum() <= KEEP else (size.cumsum() <= KEEP / 2).sum()
+        size = np.sort(self.sizes[numbers].prod(1)) * (4 if self.raw else 3)  # bytes
+        fitting = len(size) if size.sum() <= KEEP else (size.cumsum() <= KEEP / 2).sum()
         at_once = min(mix or len(numbers), max(fitting, 1))
         if at_once == len(numbers):
             return first + rng.permutation(last - first)
         place = rng.permutation(len(numbers))[image] + rng.random(last - first) * at_once
         return first + np.argsort(place % len(numbers))  # %: the last images' begin the epoch
 
-# --------------------------------------------------------------------------------------------------
-# RedDino: 32 pixel transforms where DINOv2 has four. Its release switches on 33 of Albumentations'
-# by name, at the defaults of 1.4; the paper counts 32. We leave out RandomFog: in 2.0.8 41 of 88
-# ms. Parameters are written out: 2.0.8's defaults differ (GaussNoise: a std of 51-112 grey levels,
-# once 3-7). Three are visibly something else there; these are 1.4's forms.
+# ----------------------------------------
+# RedDino: 32 pixel transforms where DINOv2 has four. The release takes 33 of Albumentations 1.4,
+# the paper counts 32; we leave out RandomFog (in 2.0.8 41 of 88 ms). Parameters are written out, as
+# 2.0.8 has others (GaussNoise: a std of 51-112 grey levels, once 3-7), and so are three transforms.
 
 class ISONoise(A.ISONoise):  # 2.0.8 lost factors of 255 and 360: single white pixels, one hue
     def apply(self, img, color_shift, intensity, **params):
@@ -445,62 +417,53 @@ class RandomSunFlare(A.ImageOnlyTransform):  # 1.4's middle is white, 2.0.8 dims
         passed = np.exp(-10 * near**4 - 3 * near**7)
         return (255 - (255 - img) * passed[..., None]).astype(np.uint8)
 
-NEAREST = {"downscale": cv2.INTER_NEAREST, "upscale": cv2.INTER_NEAREST}
-GROUPS = {
-    # stain batch, pH and age, lamp and exposure: every laboratory differs, every smear shows them
-    "illumination and stain": [
-        A.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.2),
-        A.HueSaturationValue(hue_shift_limit=20, sat_shift_limit=30, val_shift_limit=20),
-        A.RGBShift(r_shift_limit=20, g_shift_limit=20, b_shift_limit=20),  # white balance
-        A.RandomBrightnessContrast(brightness_limit=0.2, contrast_limit=0.2),
-        A.RandomGamma(gamma_limit=(80, 120)),  # the camera's response
-        A.RandomToneCurve(scale=0.1, per_channel=False),
-        A.FancyPCA(alpha=0.1),  # nothing that shows: the variances of a smear are small
-        A.CLAHE(clip_limit=(1, 4), tile_grid_size=(8, 8)),  # as viewing software lifts contrast
-        A.Equalize(mode="cv", by_channels=True),  # beyond any stain: the background turns to noise
-    ],
-    # no smear shows these: they take colour away as a cue, so that shape and texture must do
-    "colour set aside": [
-        A.ChannelShuffle(),
-        A.ChannelDropout(channel_drop_range=(1, 1), fill=0),
-        A.InvertImg(),  # near a dark field
-        A.Solarize(threshold_range=(128 / 255, 128 / 255)),
-        A.Posterize(num_bits=4),
-    ],
+GROUPS = {"illumination and stain": [
+    # stain batch, pH and age, lamp, exposure: every laboratory differs
+    A.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.2),
+    A.HueSaturationValue(hue_shift_limit=20, sat_shift_limit=30, val_shift_limit=20),
+    A.RGBShift(r_shift_limit=20, g_shift_limit=20, b_shift_limit=20),  # white balance
+    A.RandomBrightnessContrast(brightness_limit=0.2, contrast_limit=0.2),
+    A.RandomGamma(gamma_limit=(80, 120)),  # the camera's response
+    A.RandomToneCurve(scale=0.1, per_channel=False),
+    A.FancyPCA(alpha=0.1),  # barely visible: a smear varies little
+    A.CLAHE(clip_limit=(1, 4), tile_grid_size=(8, 8)),  # as viewing software lifts contrast
+    A.Equalize(mode="cv", by_channels=True),  # beyond any stain: the background turns to noise
+], "colour set aside": [
+    # in no smear: they take colour away as a cue, so that shape and texture must do
+    A.ChannelShuffle(),
+    A.ChannelDropout(channel_drop_range=(1, 1), fill=0),
+    A.InvertImg(),  # near a dark field
+    A.Solarize(threshold_range=(128 / 255, 128 / 255)),
+    A.Posterize(num_bits=4),
+], "focus and edges": [
     # a 100x oil objective is in focus over 0.5 um, a cell is 2 um thick: some part is always soft
-    "focus and edges": [
-        A.Blur(blur_limit=(3, 7)),  # 1.4.3 drew 3-7 here and in MedianBlur, but by a slip used 3
-        A.GaussianBlur(blur_limit=(3, 7), sigma_limit=(0.8, 1.4)),  # 1.4: the kernel's own sigma
-        A.MedianBlur(blur_limit=(3, 7)),  # denoising in the camera
-        A.MotionBlur(blur_limit=(3, 7), allow_shifted=True),  # a moving stage; 1.4: a third further
-        A.Defocus(radius=(3, 10), alias_blur=(0.1, 0.5)),  # at 10 a cell's inner structure is gone
-        A.GlassBlur(sigma=0.7, max_delta=4, iterations=2),  # dirt, dried oil: rare and milder
-        A.Sharpen(alpha=(0.2, 0.5), lightness=(0.5, 1.0), method="kernel"),  # cameras' default
-        A.Emboss(alpha=(0.2, 0.5), strength=(0.2, 0.7)),  # oblique light or DIC
-        A.RingingOvershoot(blur_limit=(7, 15), cutoff=(np.pi / 4, np.pi / 2)),  # closed condenser
-    ],
-    "sensor and file": [
-        # short exposure, high gain. 1.4: 3.2-7.1 grey levels; 2.0.8 loses 0.4 by truncation
-        A.GaussNoise(std_range=(3.6 / 255, 7.5 / 255), mean_range=(0, 0), per_channel=True),
-        ISONoise(color_shift=(0.01, 0.05), intensity=(0.1, 0.5)),
-        A.MultiplicativeNoise(multiplier=(0.9, 1.1), per_channel=False, elementwise=False),  # lamp
-        # digital zoom or a lower objective, which does not alias so
-        A.Downscale(scale_range=(0.25, 0.25), interpolation_pair=NEAREST),
-        A.ImageCompression(compression_type="jpeg", quality_range=(99, 100)),  # files are worse
-    ],
-    # made for photographs of streets; a smear has dirt out of focus, reflections, at best scratches
-    "optics and debris": [
-        A.RandomShadow(shadow_roi=(0, 0.5, 1, 1), num_shadows_limit=(1, 2), shadow_dimension=5),
-        RandomSunFlare(),
-        RandomRain(),
-        A.RandomSnow(snow_point_range=(0.1, 0.3), brightness_coeff=2.5, method="bleach"),
-    ],
-}
-TRANSFORMS = [transform for group in GROUPS.values() for transform in group]
-# RedDino: a smear has no up or left; the release flips and turns with 0.85, not 0.5
-FLIPS = [A.HorizontalFlip(), A.VerticalFlip(), A.RandomRotate90()]
+    A.Blur(blur_limit=(3, 7)),  # 1.4.3 drew 3-7 here and in MedianBlur, but by a slip used 3
+    A.GaussianBlur(blur_limit=(3, 7), sigma_limit=(0.8, 1.4)),  # 1.4: the kernel's own sigma
+    A.MedianBlur(blur_limit=(3, 7)),  # denoising in the camera
+    A.MotionBlur(blur_limit=(3, 7), allow_shifted=True),  # a moving stage; 1.4: a third more
+    A.Defocus(radius=(3, 10), alias_blur=(0.1, 0.5)),  # at 10 a cell's inner structure is gone
+    A.GlassBlur(sigma=0.7, max_delta=4, iterations=2),  # dirt, dried oil: rare and milder
+    A.Sharpen(alpha=(0.2, 0.5), lightness=(0.5, 1.0), method="kernel"),  # cameras' default
+    A.Emboss(alpha=(0.2, 0.5), strength=(0.2, 0.7)),  # oblique light or DIC
+    A.RingingOvershoot(blur_limit=(7, 15), cutoff=(np.pi / 4, np.pi / 2)),  # closed condenser
+], "sensor and file": [
+    # short exposure, high gain. 1.4: 3.2-7.1 grey levels; 2.0.8 loses 0.4 by truncation
+    A.GaussNoise(std_range=(3.6 / 255, 7.5 / 255), mean_range=(0, 0), per_channel=True),
+    ISONoise(color_shift=(0.01, 0.05), intensity=(0.1, 0.5)),
+    A.MultiplicativeNoise(multiplier=(0.9, 1.1), per_channel=False, elementwise=False),  # lamp
+    A.Downscale(scale_range=(0.25, 0.25)),  # digital zoom, a lower objective; they alias less
+    A.ImageCompression(compression_type="jpeg", quality_range=(99, 100)),  # files are worse
+], "optics and debris": [
+    # made for streets; a smear has dirt out of focus, reflections, at best scratches
+    A.RandomShadow(shadow_roi=(0, 0.5, 1, 1), num_shadows_limit=(1, 2), shadow_dimension=5),
+    RandomSunFlare(),
+    RandomRain(),
+    A.RandomSnow(snow_point_range=(0.1, 0.3), brightness_coeff=2.5, method="bleach"),
+]}
+TRANSFORMS = [t for group in GROUPS.values() for t in group]
+FLIPS = [A.HorizontalFlip(), A.VerticalFlip(), A.RandomRotate90()]  # a smear has no up or left
 for transform in TRANSFORMS + FLIPS:
-    transform.p = 0.85  # release
+    transform.p = 0.85  # RedDino: as the release, flips and turns too
 
 # DINOv2's own, in this order, for the first and second global view and the local ones. Blur with
 # 1.0, 0.1, 0.5 is what DINOv2 describes; its code hands 1 - p on: its models saw 0, 0.9, 0.5.
@@ -512,36 +475,33 @@ DINOV2 = [[
     A.Solarize(threshold_range=(128 / 255, 128 / 255), p=solarize),
 ] for blur, solarize in ((1.0, 0), (0.1, 0.2), (0.5, 0))]
 
-# Other organs: short lists, all of it in this order, each entry with the artefact that it mimics.
-# Nothing is mirrored where organs have a side: a mirrored chest is situs inversus, rare, and has to
-# stay so. Ranges are our choice, by the looks (figures.py SLICE --augment ct). Before its window
-# `ct` computes in HU: with Rotate and Blur alone, as the library's other filters clip to 0..1.
+# Other organs: short lists, in this order, each entry with the artefact that it mimics. Ranges are
+# our choice, by the looks (figures.py SLICE --augment ct). What has a side is not mirrored: situs
+# inversus is rare. `ct` is in HU up to its window; Rotate and Blur alone don't clip these to 0..1.
 
 class RandomWindow(A.ImageOnlyTransform):
-    """Values (or 8 bits: windowed already) -> 8 bits, as another scan had shown them. By a lower
-    dose: a quarter of the X-rays means twice the noise, which at full is `noise`, HU. By another
-    reconstruction kernel: softer, or sharper, as for bone. Through one of the windows."""
+    """Values (or 8 bits: windowed already) -> 8 bits, as another scan had shown them: through one
+    of the windows, by a lower dose (a quarter of the X-rays means twice the noise, in full 6 HU),
+    by a softer reconstruction kernel, or a sharper one, as for bone."""
 
-    def __init__(self, windows, noise=6, sharpness=1):
+    def __init__(self, windows):
         super().__init__(p=1)
-        self.windows, self.noise, self.sharpness = windows, noise, sharpness
+        self.windows = windows
 
     def apply(self, img, **params):
-        level, width = 127.5, 255
-        if img.dtype != np.uint8:
-            level, width = self.py_random.choice(self.windows)
+        eight = img.dtype == np.uint8
+        level, width = (127.5, 255) if eight else self.py_random.choice(self.windows)
         level += width * self.py_random.uniform(-0.1, 0.1)
         width *= self.py_random.uniform(0.8, 1.25)
-        sigma = self.noise * math.sqrt(1 / self.py_random.uniform(1 / 16, 1) - 1)
+        sigma = 6 * math.sqrt(1 / self.py_random.uniform(1 / 16, 1) - 1)
         noise = self.random_generator.standard_normal(img.shape[:2], np.float32)
         values = np.ascontiguousarray((img.T + sigma * noise.T).T)  # .T: the same in all channels
-        sharper = self.sharpness * self.py_random.uniform(-1, 1)
-        values += sharper * (values - cv2.GaussianBlur(values, (0, 0), 0.9))
+        values += self.py_random.uniform(-1, 1) * (values - cv2.GaussianBlur(values, (0, 0), 0.9))
         return apply_window(values, level, width)
 
 class Stain(A.ImageOnlyTransform):
     """More or less of each dye (Tellez et al. 2018); -log is density (Beer-Lambert)."""
-    # optical density of haematoxylin, eosin and DAB in R, G, B (Ruifrok and Johnston 2001)
+    # of haematoxylin, eosin and DAB in R, G, B (Ruifrok and Johnston 2001)
     HED = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
 
     def apply(self, img, **params):
@@ -552,11 +512,12 @@ class Stain(A.ImageOnlyTransform):
         return np.rint(256 * np.exp(-density) - 1).clip(0, 255).astype(np.uint8)
 
 TURN = A.Rotate((-8, 8), border_mode=cv2.BORDER_REPLICATE, p=0.5)  # gravity says what is up
+WINDOW = RandomWindow([(-600, 1500), (40, 400), (400, 1800), (200, 700)])
 SOFT = A.GaussianBlur(blur_limit=0, sigma_limit=(0.3, 1.5), p=0.3)
 RECIPES = {"reddino": [[]], "none": [FLIPS], "dinov2": DINOV2, "ct": [[
     TURN,
     A.Blur(blur_limit=(3, 5), p=0.2),  # thick slices average what lies above each other
-    RandomWindow([(-600, 1500), (40, 400), (400, 1800), (200, 700)]),  # lung, soft, bone, vessels
+    WINDOW,  # of lung, soft tissue, bone or vessels; else --window
     A.MotionBlur(blur_limit=(3, 9), p=0.2),  # breath
     A.RandomToneCurve(scale=0.15, per_channel=False, p=0.5),  # when contrast agent came
 ]], "mri": [[
@@ -569,8 +530,7 @@ RECIPES = {"reddino": [[]], "none": [FLIPS], "dinov2": DINOV2, "ct": [[
     A.RingingOvershoot(blur_limit=(7, 15), cutoff=(np.pi / 2, 3 * np.pi / 4), p=0.1),  # Gibbs
     A.GaussNoise(std_range=(0.01, 0.05), per_channel=False, p=0.5),  # Rician, in the dark, really
 ]], "xray": [[
-    # how the patient stands, and lead leaves around the field, which are black
-    A.Affine(rotate=(-8, 8), translate_percent=(-0.1, 0.1), p=0.5),
+    A.Affine(rotate=(-8, 8), translate_percent=(-0.1, 0.1), p=0.5),  # posture; black lead leaves
     A.RandomBrightnessContrast(brightness_limit=0.2, contrast_limit=0.2, p=0.5),  # exposure
     A.RandomGamma(gamma_limit=(60, 160), p=0.5),  # tube voltage
     A.RandomToneCurve(scale=0.1, per_channel=False, p=0.3),  # the maker's look-up table
@@ -578,7 +538,7 @@ RECIPES = {"reddino": [[]], "none": [FLIPS], "dinov2": DINOV2, "ct": [[
     A.GaussNoise(std_range=(0.01, 0.04), per_channel=False, p=0.3),  # few quanta
     A.InvertImg(p=0.05),  # exports that show bone black
 ]], "histology": [[
-    A.D4(p=1),  # tissue has no up or left: all eight orientations alike
+    A.D4(p=1),  # tissue has no up or left
     Stain(p=0.8),
     A.ColorJitter(brightness=0.1, contrast=0.1, saturation=0.1, hue=0.02, p=0.5),  # the lamp
     SOFT,  # thick or folded sections, a lower objective
@@ -587,74 +547,64 @@ RECIPES = {"reddino": [[]], "none": [FLIPS], "dinov2": DINOV2, "ct": [[
 # histology without what blurs: in views of 40 pixels that erases what tells cells apart
 RECIPES["cells"] = [RECIPES["histology"][0][:3]]
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------
 # Views. DINOv2's multi-crop: two global views for teacher and student, local ones for the student
-# alone, who must tell from a twentieth to a third of the tile what the whole looks like.
+# alone: from a twentieth to a third of the tile it must tell what the whole looks like.
 
 GLOBAL_VIEWS = 2
-TRANSFORMS_PER_VIEW = 4  # RedDino: of the 32
 
 def sample_rng(seed, index, epoch):
-    """The random stream of a sample: a function of these three alone, whoever draws from it."""
+    """The random stream of a sample: of these three alone, whoever draws from it."""
     return np.random.default_rng((seed, index, epoch))
 
 class MultiCrop:
     """mc(tile, rng): RGB uint8 [h, w, 3] -> global views uint8 [G, 3, S, S], local [L, 3, s, s].
-
-    augment: one of RECIPES. "ct" takes values [h, w] as well, and draws its windows around `window`
-    (level, width). unit "cells": what is cut out alone has no up or left, so TURN becomes all eight
+    augment: one of RECIPES; "ct" takes values [h, w] too, and draws windows around `window` (level,
+    width). unit "cells": what is cut out alone has no up or left, so TURN becomes all eight
     orientations. Global views show global_scale to all of the area, local ones 0.05 (DINOv2) to
-    global_scale. All randomness comes from rng, a numpy Generator: see sample_rng."""
+    global_scale. All randomness comes from rng, see sample_rng."""
 
     def __init__(self, augment="reddino", global_size=224, local_size=98, local_crops=1,
                  global_scale=0.32, window=None, unit="tiles"):
         if augment not in RECIPES:
             raise UserError(f"--augment {augment!r}: it is one of {', '.join(RECIPES)}")
-        self.local_shape, self.augment = (local_crops, 3, local_size, local_size), augment
-
-        def adapted(transform):
-            if transform is TURN and unit == "cells":
-                return A.D4(p=1)
-            if window and isinstance(transform, RandomWindow):
-                return RandomWindow([window])
-            return transform
-
-        # transforms of the first global view, the second, and of local ones
-        self.recipe = [list(map(adapted, list_of)) for list_of in (RECIPES[augment] * 3)[:3]]
-        # Of random area and aspect 3/4 to 4/3. Shrunk by averaging, for the others would skip
-        # pixels and alias; enlarged bilinearly as the release does, bicubically as DINOv2.
+        self.augment, self.local_shape = augment, (-1, 3, local_size, local_size)
+        instead = {TURN: A.D4(p=1)} if unit == "cells" else {}
+        if window:
+            instead[WINDOW] = RandomWindow([window])
+        # of the first global view, the second, and of local ones
+        self.recipe = [[instead.get(t, t) for t in view] for view in (RECIPES[augment] * 3)[:3]]
+        # Of aspect 3/4 to 4/3. Shrunk by averaging (the others skip pixels and alias), enlarged as
+        # the release does, bilinearly, or as DINOv2, bicubically.
         enlarge = cv2.INTER_CUBIC if augment == "dinov2" else cv2.INTER_LINEAR
-        sizes = [(global_size, (global_scale, 1.0))] * GLOBAL_VIEWS
-        sizes += [(local_size, (0.05, global_scale))] * local_crops
-        self.crops = [A.RandomResizedCrop((size, size), scale, interpolation=enlarge,
-                                          area_for_downscale="image") for size, scale in sizes]
+        resizing = {"interpolation": enlarge, "area_for_downscale": "image"}
+        large = A.RandomResizedCrop([global_size] * 2, (global_scale, 1.0), **resizing)
+        small = A.RandomResizedCrop([local_size] * 2, (0.05, global_scale), **resizing)
+        self.crops = [large] * GLOBAL_VIEWS + [small] * local_crops
 
     def __call__(self, tile, rng):
-        # Albumentations draws from two generators. Given both here, its own never count: left
-        # alone, in 2.0.8, two workers draw the same, and again in each epoch.
+        # Albumentations draws from these two; its own (2.0.8) repeat in each worker and epoch.
         python_rng, views = random.Random(int(rng.integers(2**62))), []
         for number, crop in enumerate(self.crops):  # cropped first: colour work costs by the pixel
             transforms = self.recipe[min(number, 1) if number < GLOBAL_VIEWS else 2]
-            if self.augment == "reddino":  # RedDino: four different ones, each with its p
-                transforms = python_rng.sample(TRANSFORMS, TRANSFORMS_PER_VIEW) + FLIPS
+            if self.augment == "reddino":  # RedDino: four different ones of 32, each with its p
+                transforms = python_rng.sample(TRANSFORMS, 4) + FLIPS
             view = tile
             for transform in (crop, *transforms):
                 transform.set_random_state(rng, python_rng)
                 view = transform(image=view)["image"]
-            if view.ndim == 2:  # grey slices travel as one channel
-                view = np.dstack([view] * 3)
-            views.append(np.ascontiguousarray(view.transpose(2, 0, 1)))  # [3, size, size]
+            views.append([view] * 3 if view.ndim == 2 else view.transpose(2, 0, 1))  # [3, s, s]
         local = np.array(views[GLOBAL_VIEWS:], np.uint8).reshape(self.local_shape)
-        return np.stack(views[:GLOBAL_VIEWS]), local
+        return np.array(views[:GLOBAL_VIEWS]), local
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------
 # Batches. Sample n of a run is number n % length of a shuffle of epoch n // length: each tile once
-# an epoch, across all processes, and the place in the data is the step alone. Masks hide half of
-# the global views in part from the student, who has to fill them in (iBOT, DINOv2).
+# an epoch, across all processes, and the place in the data is the step alone. Masks hide parts of
+# half of the global views; the student has to fill them in (iBOT, DINOv2).
 
 def mask_ratios(seed, step, views):
     """Share of patches to mask in each of a step's global views, [views]: 0 for a random half, the
-    others spread evenly over 0.1 to 0.5, so that each batch holds easy and hard ones."""
+    others spread evenly over 0.1 to 0.5: each batch holds easy and hard ones."""
     rng = np.random.default_rng((seed, step, 2))  # 2: a stream of its own
     ratios, masked = np.zeros(views), views // 2
     spread = (np.arange(masked) + rng.random(masked)) / max(masked, 1)
@@ -662,12 +612,10 @@ def mask_ratios(seed, step, views):
     return ratios
 
 def block_mask(rng, height, width, ratio):
-    """bool [height, width] with about ratio*height*width patches set, in rectangles (BEiT, Bao et
-    al. 2021): single patches could be filled in from their neighbours. A rectangle has 4 patches to
-    what is left, aspect ratio log-uniform in 0.3 to 1/0.3, and never adds more than is left; after
-    10 that don't fit it's enough."""
-    mask, left = np.zeros((height, width), bool), int(ratio * height * width)
-    misses = 0
+    """bool [height, width], about ratio*height*width patches set, in rectangles (BEiT, Bao et al.
+    2021): single ones could be filled in from their neighbours. A rectangle has 4 patches to what
+    is left, of which it never adds more, aspect log-uniform in 0.3 to 1/0.3; 10 misses end it."""
+    mask, left, misses = np.zeros((height, width), bool), int(ratio * height * width), 0
     while left > 0 and misses < 10:
         area = 4 + (left - 4) * rng.random()
         aspect = math.exp(rng.uniform(math.log(0.3), -math.log(0.3)))
@@ -675,7 +623,7 @@ def block_mask(rng, height, width, ratio):
         misses += 1
         if 0 < h < height and 0 < w < width:
             top, side = rng.integers(height - h + 1), rng.integers(width - w + 1)
-            block = mask[top : top + h, side : side + w]
+            block = mask[top:top + h, side:side + w]
             new = block.size - int(block.sum())
             if 0 < new <= left:
                 block[:] = True
@@ -683,55 +631,50 @@ def block_mask(rng, height, width, ratio):
     return mask
 
 class Batches:
-    """batches[step]: what this process trains on in a step, a function of cfg.seed and the step.
-
-    Global views uint8 [B, G, 3, S, S], local ones [B, L, 3, s, s], masks bool [B, G, N], numbers of
-    the tiles, and {path: reason} of what could not be read. UserError where no tile of 20 could."""
+    """batches[step]: what this process trains on, a function of cfg.seed and the step alone:
+    global views uint8 [B, G, 3, S, S], local ones [B, L, 3, s, s], masks bool [B, G, N], numbers of
+    the tiles, {path: reason} of what could not be read. UserError where no tile of 20 could."""
 
     def __init__(self, cfg, tiles, patch_size, rank=0, world=1):
         self.cfg, self.tiles, self.grid = cfg, tiles, cfg.global_size // patch_size
         self.crop = MultiCrop(cfg.augment, cfg.global_size, cfg.local_size, cfg.local_crops,
                               cfg.global_scale, cfg.window, cfg.unit)
         self.slots = range(rank, cfg.batch_size, world)
-        sources = tiles.sources if cfg.balance else [("", 0, len(tiles))]  # they take turns
-        self.pools = [(first, last) for _, first, last in sources if last > first]
-        self.orders = {pool: (0, self.order(pool, 0)) for pool in range(len(self.pools))}
-        self.lengths = [len(order) for _, order in self.orders.values()]  # orders: of an epoch
+        sources = tiles.sources if cfg.balance else [(0, len(tiles))]  # they take turns
+        self.pools = [(first, last) for first, last in sources if last > first]
+        self.orders = [(0, self.order(pool, 0)) for pool in range(len(self.pools))]
 
     def order(self, pool, epoch):
-        """Numbers of the tiles of a pool as they come in an epoch."""
+        """The tiles of a pool as they come in an epoch."""
         rng = np.random.default_rng((self.cfg.seed, epoch, pool, 1))  # 1: a stream of its own
         return self.tiles.shuffled(*self.pools[pool], rng, self.cfg.mix, self.cfg.batch_size)
 
-    def epoch_and_tile(self, sample):
-        """Of a sample of the run. With mix 1 a tile may come twice in an epoch: the sample's number
-        in the place of the epoch's gives it other views."""
-        turn, pool = divmod(sample, len(self.pools))
-        epoch, place = divmod(turn, self.lengths[pool])
-        if self.orders[pool][0] != epoch:
-            self.orders[pool] = epoch, self.order(pool, epoch)
-        return sample if self.cfg.mix == 1 else epoch, int(self.orders[pool][1][place])
-
     def draws(self, step):
-        """This process's samples of a step, each as epoch, tile, mask ratios."""
+        """Yields this process's samples of a step, each as epoch, tile, mask ratios."""
         size = self.cfg.batch_size
         ratios = mask_ratios(self.cfg.seed, step, size * GLOBAL_VIEWS).reshape(size, GLOBAL_VIEWS)
-        return [(*self.epoch_and_tile(step * size + slot), tuple(ratios[slot]))
-                for slot in self.slots]
+        for slot in self.slots:
+            sample = step * size + slot
+            turn, pool = divmod(sample, len(self.pools))
+            epoch, place = divmod(turn, len(self.orders[pool][1]))
+            if self.orders[pool][0] != epoch:
+                self.orders[pool] = epoch, self.order(pool, epoch)
+            tile = int(self.orders[pool][1][place])
+            if self.cfg.mix == 1:  # a tile may come twice in an epoch: each time with other views
+                epoch = sample
+            yield epoch, tile, tuple(ratios[slot])
 
     def views(self, epoch, index, ratios):
-        """Of one sample, what __getitem__ gives of all."""
+        """What __getitem__ gives, of one sample."""
         rng, faults = sample_rng(self.cfg.seed, index, epoch), {}
         for _ in range(20):
             try:
-                tile = self.tiles[index]
-            except BadImage as bad:  # another takes its place, the same in each repetition
+                views = self.crop(self.tiles[index], rng)
+                masks = [block_mask(rng, self.grid, self.grid, ratio).ravel() for ratio in ratios]
+                return *views, np.stack(masks), index, faults
+            except BadImage as bad:  # another takes its place, in a repetition the same
                 faults[bad.path], last = bad.reason, bad
                 index = int(rng.integers(len(self.tiles)))
-                continue
-            views = self.crop(tile, rng)
-            masks = [block_mask(rng, self.grid, self.grid, ratio).ravel() for ratio in ratios]
-            return *views, np.stack(masks), index, faults
         raise UserError(f"20 images in a row can't be read, is the folder still there? {last}")
 
     def __getitem__(self, step):
@@ -741,8 +684,7 @@ class Batches:
 
 def batches(cfg, tiles, start, patch_size, rank, world, workers, pin):
     """This process's batches as tensors, from step `start` on; None once a second while there is
-    none yet. A generator, whose end is that of its `workers`. patch_size: of a token, on whose grid
-    the masks lie; pin: for a GPU."""
+    none yet. Its end is that of its `workers`. Masks lie on patch_size's grid; pin: for a GPU."""
     of_step, steps = Batches(cfg, tiles, patch_size, rank, world), range(start, cfg.iters)
     made = from_workers(of_step, steps, workers) if workers else map(of_step.__getitem__, steps)
     for batch in made:
@@ -753,14 +695,12 @@ def batches(cfg, tiles, start, patch_size, rank, world, workers, pin):
         yield batch
 
 def work(of_step, steps, end, pipes):
-    """A loading process: sends the batches of `steps`, or the error that ended it. It leaves
-    signals to its parent, which finishes its step, and computes on one core."""
-    for pipe in pipes:  # with no reader but the parent, sending fails when that is gone
+    """A loading process: sends the batches of `steps`, or its error. Signals are its parent's."""
+    for pipe in pipes:  # so that sending fails when the parent is gone
         pipe.close()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for name in {"SIGINT", "SIGHUP"} & set(dir(signal)):  # Windows has no SIGHUP
         signal.signal(getattr(signal, name), signal.SIG_IGN)
-    torch.set_num_threads(1)
     try:
         for step in steps:
             end.send(of_step[step])
@@ -769,12 +709,12 @@ def work(of_step, steps, end, pipes):
     except Exception as error:
         end.send(error)
 
-LOADER_TIMEOUT = 300  # seconds without a batch; one takes a second or so
+LOADER_TIMEOUT = 300  # seconds without a batch
 
 def from_workers(of_step, steps, workers):
-    """The batches, by processes in turn; None once a second while there is none yet; UserError when
-    a process is gone or stands still. A pipe ends with its process. (DataLoader waits for ever for
-    the rest of a dead one's batch, and lays tensors into /dev/shm, of which Docker has 64 MB.)"""
+    """The batches, or None, by processes in turn; UserError if one is gone or stands still. A pipe
+    ends with its process. (DataLoader waits for ever for the rest of a dead one's batch, and lays
+    tensors into /dev/shm, of which Docker has 64 MB.)"""
     pipes, processes = [], []
     for first in range(workers):
         pipe, end = multiprocessing.Pipe(duplex=False)
@@ -783,10 +723,10 @@ def from_workers(of_step, steps, workers):
         processes.append(multiprocessing.Process(target=work, args=args, daemon=True))
         processes[-1].start()
         end.close()  # now the process alone holds it
-    thread, turns = ThreadPoolExecutor(1), itertools.cycle(pipes)  # recv can't be interrupted
-    coming = thread.submit(next(turns).recv)
+    thread = ThreadPoolExecutor(1)  # recv can't be interrupted
+    coming = thread.submit(pipes[0].recv)
     try:
-        for _ in steps:
+        for turn in range(1, len(steps) + 1):
             waited = 0
             while not wait([coming], timeout=1).done:
                 yield None
@@ -794,24 +734,21 @@ def from_workers(of_step, steps, workers):
                 if waited == LOADER_TIMEOUT:
                     raise UserError(f"no batch for {waited} s: a file that takes for ever, or a "
                                     "stopped process; --workers 0 shows which")
-            try:
-                batch = coming.result()
-            except (EOFError, OSError):
-                yield None  # the signal that ended it may be the parent's too
-                raise UserError("a loading process was killed: for want of memory? Fewer --workers "
-                                "need less") from None
+            batch = coming.exception() or coming.result()
+            if isinstance(batch, EOFError | OSError):
+                yield None  # its signal may be the parent's too
+                raise UserError("a loading process was killed: out of memory? Try fewer --workers")
             if isinstance(batch, Exception):
                 raise batch
-            coming = thread.submit(next(turns).recv)  # while this one is trained on
+            coming = thread.submit(pipes[turn % workers].recv)  # while this one is trained on
             yield batch
     finally:
         for process in processes:
             process.kill()
-            process.join(5)  # until then it holds files of ours, a lock among them
+            process.join(5)  # until then it holds our lock
         thread.shutdown(wait=False)
 
 def normalise(views, device, dtype):
-    """uint8 crops to the device (a quarter of the bytes of floats), and there to ImageNet's mean 0
-    and std 1."""
+    """uint8 crops to the device (a quarter of floats' bytes), there to ImageNet's mean 0, std 1."""
     mean, std = (torch.tensor(v, device=device, dtype=dtype).view(3, 1, 1) for v in (MEAN, STD))
     return (views.to(device, non_blocking=True).to(dtype) / 255 - mean) / std

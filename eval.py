@@ -134,7 +134,7 @@ def folder_rows(data, log):
 def look(file, window):
     """What to know of an image, or the BadImage that it is."""
     try:
-        image = augment.read_image(file, writable=False, window=window)
+        image = augment.read_image(file, window=window)
     except BadImage as bad:
         return bad
     content = hashlib.sha256(f"{image.shape}".encode() + image.tobytes()).hexdigest()

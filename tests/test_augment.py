@@ -72,11 +72,7 @@ def test_corpus_is_read_or_named(corpus):
     for path, size in good.items():
         image = read_image(path)
         assert image.dtype == np.uint8 and image.shape == (*size, 3), path
-        assert (
-            image.flags.c_contiguous
-            and image.flags.writeable
-            and (read_image(path, writable=False) == image).all()
-        )
+        assert image.flags.c_contiguous and image.flags.writeable
         assert read_image(path, header_only=True) == size
     for path, word in bad.items():
         with pytest.raises(BadImage) as error:
@@ -264,7 +260,7 @@ def test_eight_bits_are_pixels_already(tmp_path):
         np.asfortranarray(picture(30, 40)[..., 1]),
     ):
         np.save(tmp_path / "x.npy", array)
-        for more in ({}, {"window": (40, 400)}, {"raw": True}, {"writable": False}):
+        for more in ({}, {"window": (40, 400)}, {"raw": True}):
             image = read_image(str(tmp_path / "x.npy"), **more)
             assert (
                 image.dtype == np.uint8
@@ -397,7 +393,7 @@ def test_patches_are_the_image(tmp_path, height, width, patches):
     image = np.dstack((y // 256 * 32 + x // 256, y % 256, x % 256)).astype(np.uint8)
     Image.fromarray(image).save(tmp_path / "x.png", compress_level=1)
     p, seen = Tiles([str(tmp_path)]), np.zeros((height, width), int)
-    assert len(p) == patches and p.sources == [(str(tmp_path), 0, patches)]
+    assert len(p) == patches and p.sources == [(0, patches)]
     for patch in (
         p[i] for i in (range(patches) if patches < 30 else (0, patches // 2, patches - 1))
     ):
@@ -445,7 +441,7 @@ def test_two_sources_and_pickling(tmp_path):
             Image.fromarray(picture(h, w, i)).save(tmp_path / folder / f"{i}.png")
     folders = [str(tmp_path / "b"), str(tmp_path / "a")]
     p = pickle.loads(pickle.dumps(Tiles(folders)))
-    assert p.sources == [(folders[0], 0, 3), (folders[1], 3, 8)] and len(p) == 8
+    assert p.sources == [(0, 3), (3, 8)] and len(p) == 8
     assert [os.path.relpath(p.file_of(i), tmp_path) for i in range(8)] == ["b/deep/0.png"] * 3 + [
         "a/0.png"
     ] * 4 + ["a/1.png"]
@@ -478,7 +474,7 @@ def test_each_smear_is_decoded_about_once_an_epoch(tmp_path, monkeypatch, keep):
 def drawn(tiles, steps, **options):
     """Of each step the samples, as (epoch, tile, mask ratios)."""
     of_step = augment.Batches(reddino.configure(arch="nano", seed=0, **options), tiles, 8)
-    return [of_step.draws(step) for step in range(steps)]
+    return [list(of_step.draws(step)) for step in range(steps)]
 
 
 def test_one_large_image_does_not_change_how_many_a_batch_is_drawn_from(tmp_path, monkeypatch):
@@ -980,16 +976,26 @@ def test_what_has_a_side_keeps_it():
                 assert isinstance(t, A.HorizontalFlip) or max(map(abs, t.limit)) <= 10
 
 
+class FullDose(random.Random):
+    """No noise is added, nothing sharpened."""
+
+    def uniform(self, low, high):
+        return {1 / 16: 1, -1: 0}.get(low, super().uniform(low, high))
+
+
 def test_ct_sees_through_random_windows():
     (window,) = (t for t in augment.RECIPES["ct"][0] if isinstance(t, augment.RandomWindow))
-    window = augment.RandomWindow(window.windows, noise=0, sharpness=0)
     ramp = np.arange(-3000, 3000, dtype=np.float32)[None]
+
+    def clean(transform, image, seed):
+        transform.set_random_state(np.random.default_rng(seed), FullDose(seed))
+        return transform(image=image)["image"]
 
     def seen(transform):
         """Levels and widths of 200 draws, by where the ramp begins to be above black and to be
         white."""
         ends = [
-            ramp[0, np.searchsorted(draw(transform, ramp, seed)[0], [1, 255])]
+            ramp[0, np.searchsorted(clean(transform, ramp, seed)[0], [1, 255])]
             for seed in range(200)
         ]
         return np.array([((low + high) / 2, high - low) for low, high in ends])
@@ -1000,13 +1006,12 @@ def test_ct_sees_through_random_windows():
     assert level_low < -500 and level_high > 400 and width_low < 360 and width_high > 1900
     given = MultiCrop("ct", window=(1064, 400)).recipe[0]
     (window,) = (t for t in given if isinstance(t, augment.RandomWindow))
-    window = augment.RandomWindow(window.windows, noise=0, sharpness=0)
     drawn = seen(window)
     assert 1020 < drawn[:, 0].min() < 1030 and 1098 < drawn[:, 0].max() < 1108
     assert 316 < drawn[:, 1].min() < 330 and 480 < drawn[:, 1].max() < 504
     eight = np.arange(256, dtype=np.uint8)[None, :, None].repeat(3, 2)
     outs = [
-        draw(window, eight, seed)[0, :, 0].astype(int) for seed in range(50)
+        clean(window, eight, seed)[0, :, 0].astype(int) for seed in range(50)
     ]  # whatever the window in HU
     assert all(np.abs(o - eight[0, :, 0]).max() < 70 for o in outs) and any(
         (o != eight[0, :, 0]).any() for o in outs

@@ -731,7 +731,7 @@ def drawn(images, world, start=0, **more):
     cfg = configure(**options(images, "out", **more))
     tiles = Tiles(cfg.data, cfg.tile_size)
     shares = [augment.Batches(cfg, tiles, 8, rank, world) for rank in range(world)]
-    return tiles, [[of.draws(step) for of in shares] for step in range(start, cfg.iters)]
+    return tiles, [[list(of.draws(step)) for of in shares] for step in range(start, cfg.iters)]
 
 
 def test_each_patch_once_an_epoch_across_processes(images):
@@ -774,7 +774,8 @@ def test_masks_are_drawn_by_sample(images):
     assert batch[0].shape == (8, 2, 3, 32, 32) and batch[1].shape == (8, 1, 3, 16, 16)
     assert batch[2].shape == (8, 2, 16) and batch[0].dtype == torch.uint8
     assert batch[2].any(2).sum() <= 8 and batch[2].any()
-    assert torch.equal(batch[0][2], torch.as_tensor(of_step.views(*of_step.draws(0)[2])[0]))
+    third = list(of_step.draws(0))[2]
+    assert torch.equal(batch[0][2], torch.as_tensor(of_step.views(*third)[0]))
 
 
 # -------------------------------------------------------------------------------------------
