@@ -138,7 +138,7 @@ def read_image(path, header_only=False, window=None, raw=False):
                 return height, width
             pixels = to_rgb(*next(reader), window, raw)
         return np.array(pixels, order="C")  # not the decoder's, which can't be written to
-    except Image.DecompressionBombError:  # a header costs a few bytes
+    except Image.DecompressionBombError:  # a header of 60,000 x 60,000 costs a few bytes
         reason = TOO_LARGE
     except Image.UnidentifiedImageError:
         reason = "not an image, or of a kind that can't be read"
