@@ -447,7 +447,8 @@ def split_batch(global_views, local_views, masks, parts, device, dtype):
     micro_batches = []
     for views, small, mask in zip(*(t.chunk(parts) for t in (global_views, local_views, masks))):
         index = mask.flatten().nonzero().squeeze(1)
-        patch_weights = (1 / mask.sum(2, keepdim=True)).expand_as(mask)[mask]
+        share = 1 / mask.sum(2, keepdim=True)  # inf in views without masks, which [mask] leaves out
+        patch_weights = share.expand_as(mask)[mask]
         moved = [t.to(device, non_blocking=True) for t in (mask, index, patch_weights.to(dtype))]
         views, small = (normalise(t, device, dtype) for t in (views, small))
         micro_batches.append((views, small, *moved))
@@ -479,7 +480,7 @@ class DINO(nn.Module):
     @torch.no_grad()
     def teacher_targets(self, micro_batches, temp):
         """For each micro-batch, for forward below, the targets of class tokens [B, G, K] and masked
-        patches [M, K], balanced over the whole batch; and what the loop watches, and the means."""
+        patches [M, K], balanced over the whole batch; and what the loop watches, centers' means."""
         cls, patches = [], []  # of each micro-batch
         for views, _, _, index, _ in micro_batches:
             one_cls, all_patches = self.teacher["backbone"].forward_features(views.flatten(0, 1))
