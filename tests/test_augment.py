@@ -673,6 +673,20 @@ def test_point_operations_by_their_formulas():
     assert (blocks == blocks[:, :1, :, :1]).all() and (blocks[:, 0, :, 0] == small[::4, ::4]).all()
 
 
+def test_fancy_pca_is_alexnets():
+    image = picture(224, 224, seed=3)
+    pixels = image.reshape(-1, 3) / 255
+    for seed in range(10):
+        out, drawn = apply("FancyPCA", image, seed)
+        variances, axes = np.linalg.eigh(np.cov(pixels.T))
+        shift = 255 * sum(
+            a * v * axis for a, v, axis in zip(drawn["alpha_vector"], variances, axes.T)
+        )
+        assert (
+            np.abs(out - np.clip(image + shift, 0, 255)).max() < 0.8
+        )  # rounding, and a seventh of the pixels
+
+
 def test_sun_flare_is_forty_discs_laid_over_each_other():
     image = picture(224, 224)
     for seed in range(5):
@@ -686,6 +700,23 @@ def test_sun_flare_is_forty_discs_laid_over_each_other():
         difference = np.abs(out - plain)
         assert difference.mean() < 2 and np.quantile(difference, 0.95) < 5  # smooth, not in steps
         assert (out[y, x] >= 254).all()
+
+
+def test_glass_blur_moves_pixels_as_far_as_the_library_does():
+    # Where does the light of a white pixel go, on average over many? Its mean square distance
+    image = np.zeros((200, 200, 3), np.uint8)
+    image[20:-20:20, 20:-20:20] = 255
+    y, x = ((np.mgrid[:200, :200] + 10) % 20) - 10
+    spread = []
+    for transform in (BY_NAME["GlassBlur"], A.GlassBlur(sigma=0.7, max_delta=4, iterations=2)):
+        light = np.zeros((200, 200))
+        for seed in range(30):
+            transform.set_random_state(np.random.default_rng(seed), random.Random(seed))
+            light += transform(image=image, force_apply=True)["image"][..., 0]
+        light = light[20:-20, 20:-20] / light[20:-20, 20:-20].sum()
+        spread.append([(light * (a**2)[20:-20, 20:-20]).sum() for a in (y, x)])
+    ours, theirs = np.array(spread)
+    assert np.abs(ours / theirs - 1).max() < 0.2
 
 
 def test_iso_noise_has_1_4s_mean_and_spread():
