@@ -1093,7 +1093,7 @@ def main(argv=None):
         text = " ".join(str(error).split())[:1000]
         if isinstance(error, BrokenPipeError):  # or Python would complain, too, when it ends
             sys.stdout = open(os.devnull, "w")
-        elif re.search("out of memory|allocate", text):
+        elif not isinstance(error, UserError) and re.search("out of memory|allocate", text):
             text = "not enough memory: more --accumulate, or --checkpoint-activations"
         elif dist.is_initialized() and re.search("(?i)time|connect|peer", text):
             text = who_is_missing()

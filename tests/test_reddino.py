@@ -1362,6 +1362,22 @@ def test_nonsense_gets_one_line_and_exit_2(line, word, capsys, monkeypatch, tmp_
     assert word in said.err and not Path("out").exists()
 
 
+@pytest.mark.parametrize("error, word", [
+    (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "more --accumulate"),
+    (OSError(12, "Cannot allocate memory"), "more --accumulate"),
+    (reddino.UserError("a loading process was killed: out of memory?"), "loading process"),
+])  # fmt: skip
+def test_whose_memory_ran_out_is_said(error, word, capsys, monkeypatch):
+    def fail(cfg):
+        raise error
+
+    monkeypatch.setattr(reddino, "train", fail)
+    with pytest.raises(SystemExit) as stop:
+        reddino.main(["--data", "x", "--arch", "nano"])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and word in said and said.count("\n") == 1
+
+
 def test_the_demo_draws_its_batches_from_one_smear_unless_told_otherwise():
     assert reddino.parse_args([]).mix == 1 and reddino.parse_args(["--mix", "0"]).mix == 0
     assert reddino.parse_args(["--data", "smears", "--arch", "nano"]).mix == 0
