@@ -889,7 +889,7 @@ def load_file(name):
     UserError for all that can be wrong with it."""
     path = str(name)
     try:
-        if path in DINOV2:
+        if path in DINOV2 and not os.path.exists(path):
             url = DINOV2[path]
             return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
         if path.startswith("hf_hub:"):
