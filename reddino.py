@@ -44,7 +44,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from filelock import FileLock, Timeout  # torch brings it
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from augment import RECIPES, BadImage, Tiles, UserError, batches, check_window, normalise
@@ -528,20 +528,27 @@ class DINO(nn.Module):
         for center, mean in zip(self.centers.values(), means):
             center.lerp_(mean, 0.1)
 
-def train_step(run, micro_batches, temp):
-    """Leaves gradients in the student; returns its losses, what the teacher saw. run: set_up's."""
+def train_step(run, views_and_masks, temp):
+    """Leaves gradients in the student; returns numbers by name, what the teacher saw. run: see
+    set_up; views_and_masks: see split_batch."""
+    count, losses = run.cfg.accumulate, {}
+    micro_batches = split_batch(*views_and_masks, count, run.device, run.floats)
+    run.optimizer.zero_grad(set_to_none=True)
     with run.autocast:
         targets, seen = run.model.teacher_targets(micro_batches, temp)
-    count, total = len(micro_batches), {}
     for micro_batch, its_targets in zip(micro_batches, targets):
         # DistributedDataParallel exchanges gradients in the last backward pass only
         run.parallel.require_backward_grad_sync = micro_batch is micro_batches[-1]
         with run.autocast:
-            losses = run.parallel(*micro_batch, *its_targets)  # DINO.forward
-        run.scaler.scale(sum(losses.values()) / count).backward()
-        for name, value in losses.items():
-            total[name] = total.get(name, 0) + value.detach() / count
-    return total, seen
+            its_losses = run.parallel(*micro_batch, *its_targets)  # DINO.forward
+        run.scaler.scale(sum(its_losses.values()) / count).backward()
+        for name, value in its_losses.items():
+            losses[name] = losses.get(name, 0) + value.detach() / count
+    run.scaler.unscale_(run.optimizer)
+    norms = {f"grad_{name[:4]}": nn.utils.clip_grad_norm_(part.parameters(), 3.0)  # DINOv2
+             for name, part in run.model.student.items()}
+    entropy = seen["entropy"]
+    return {"loss": sum(losses.values()), **losses, "teacher_entropy": entropy, **norms}, seen
 
 # ----------------------------------------
 # Optimiser and schedules: AdamW; a half cosine for the learning rate after a linear warm-up, for
@@ -609,21 +616,14 @@ def train_steps(cfg, run, monitor):
     bad_in_a_row = 0
     for *views_and_masks, tile_numbers in batches_of(run):
         # of augment.Batches: uint8 [B, G, 3, S, S] and [B, L, 3, s, s], bool [B, G, N]
-        # --- forward and backward
         now = schedules(cfg, run.step)
         apply_schedules(optimizer, now)
         seeds = np.random.default_rng((cfg.seed, run.step, run.rank, 3))
         torch.manual_seed(int(seeds.integers(2**62)))  # so that a resumed run goes on as it would
-        micro_batches = split_batch(*views_and_masks, cfg.accumulate, run.device, run.floats)
-        optimizer.zero_grad(set_to_none=True)
-        losses, seen = train_step(run, micro_batches, now["teacher_temp"])
-        scaler.unscale_(optimizer)
-        norms = {f"grad_{name[:4]}": nn.utils.clip_grad_norm_(part.parameters(), 3.0)  # DINOv2
-                 for name, part in model.student.items()}
+        numbers, seen = train_step(run, views_and_masks, now["teacher_temp"])
 
         # --- the one exchange of numbers: means over processes, and whether any is to stop
-        numbers = {"loss": sum(losses.values()), **losses, "teacher_entropy": seen["entropy"],
-                   **norms, "stop": len(run.caught)}
+        numbers["stop"] = len(run.caught)
         means = [torch.as_tensor(v, dtype=run.floats, device=run.device) for v in numbers.values()]
         numbers = dict(zip(numbers, all_reduce(torch.stack(means)).div(run.world).tolist()))
         stop = numbers.pop("stop") > 0
@@ -670,43 +670,43 @@ def set_up(cfg, at_end):
     """What a run works with. at_end: an ExitStack, for what is to be done however the run ends."""
     device, dtype = choose_device(cfg)
     rank, world = start_processes(device)
-    out, gpu = Path(cfg.out), device.type == "cuda"
+    out, gpu, patch = Path(cfg.out), device.type == "cuda", ARCHS[cfg.arch]["patch_size"]
     if cfg.batch_size % (world * cfg.accumulate):
         raise UserError(f"--batch-size {cfg.batch_size}: choose a multiple of {world} processes x "
                         f"--accumulate {cfg.accumulate}")
-    if rank == 0:
-        at_end.enter_context(lock(out))
+    if rank == 0:  # filelock.Timeout: another run writes there
+        out.mkdir(parents=True, exist_ok=True)
+        at_end.enter_context(FileLock(out / "lock", timeout=0))
     tiles, checksum = find_tiles(cfg)
     floats = torch.promote_types(dtype, torch.float32)  # of parameters
     torch.manual_seed(cfg.seed)
     model = DINO(cfg).to(device, floats)
-    student, teacher = model.student["backbone"], model.teacher["backbone"]
     optimizer = make_optimizer(model.student)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    parts = dict(student=model.student, teacher=model.teacher, centers=model.centers,
-                 optimizer=optimizer, scaler=scaler)
+    parts = dict(model.named_children(), optimizer=optimizer, scaler=scaler)
     about = dict(images=checksum, processes=world)
     step, note = go_on(cfg, parts, about)
     if cfg.init and step == 0:  # RedDino: from DINOv2's weights; the heads are new
-        note = load_weights(student, read_backbone(cfg.init), cfg.init)
-        teacher.load_state_dict(student.state_dict())
+        note = load_weights(model.student["backbone"], read_backbone(cfg.init), cfg.init)
+        model.update_teacher(0)  # a copy
     mine = torch.tensor([step, checksum], device=device)
     if not torch.equal(all_reduce(mine.clone(), dist.ReduceOp.MAX), mine):
         raise UserError("--data, --out: processes see different images or checkpoints")
     if cfg.compile or (cfg.compile is None and gpu):
-        for block in [*student.blocks, *teacher.blocks]:  # by block: seconds
-            block.compile()
+        for network in (model.student, model.teacher):
+            for block in network["backbone"].blocks:  # by block: seconds
+                block.compile()
     workers = min(cores(), 16 if gpu else 1) if cfg.workers < 0 else cfg.workers
     run = SimpleNamespace(
         cfg=cfg, out=out, rank=rank, world=world, device=device, floats=floats, tiles=tiles,
-        loader=batches(cfg, tiles, step, student.patch_size, rank, world, workers, pin=gpu),
+        loader=batches(cfg, tiles, step, patch, rank, world, workers, pin=gpu),
         model=model, optimizer=optimizer, scaler=scaler, first=step, waited=0.0,
         parallel=nn.parallel.DistributedDataParallel(model) if world > 1 else model,
         autocast=torch.autocast(device.type, dtype, enabled=dtype.itemsize == 2),
         parts=parts, about=about, step=step,  # of a checkpoint; step: how many are done
         log=open_metrics(out, step) if rank == 0 else open(os.devnull, "w"),
         last=deque(maxlen=1024),  # class tokens [G, D] of as many images
-        faults=dict(tiles.skipped), caught=catch_signals(at_end), since=time.monotonic())
+        caught=catch_signals(at_end), since=time.monotonic())
     say(run, f"{cfg.arch} on {len(tiles)} {cfg.unit} of {len(tiles.files)} images; {world} x "
              f"{device.type}, {dtype}", *tiles.notes, note)
     at_end.callback(run.loader.close)
@@ -714,16 +714,15 @@ def set_up(cfg, at_end):
 
 def batches_of(run):
     """Views, masks and tiles' numbers of each step that is left."""
-    began = time.monotonic()
-    for batch in run.loader:
+    while run.step < run.cfg.iters:
+        began = time.monotonic()
+        batch = next(run.loader)
         run.waited += time.monotonic() - began
-        if batch is not None:
-            *batch, faults = batch
-            run.faults |= faults
-            yield batch
+        if batch:
+            run.tiles.skipped |= batch[-1]
+            yield batch[:-1]
         elif run.caught:
             raise SystemExit(128 + run.caught[0])
-        began = time.monotonic()
 
 def say(run, *lines):
     if run.rank == 0:
@@ -790,21 +789,12 @@ def go_on(cfg, parts, about):
 
 def find_tiles(cfg):
     """The tiles of --data, and a checksum: the same names and sizes, the same run."""
-    if not cfg.data:
-        raise UserError("--data: name at least one folder of images")
     tiles = Tiles(cfg.data, cfg.tile_size, cfg.window, raw=cfg.augment == "ct", unit=cfg.unit)
     if len(tiles) < cfg.batch_size:
-        raise UserError(f"{len(tiles)} {cfg.unit} are fewer than --batch-size {cfg.batch_size}")
+        raise UserError(f"--data: {len(tiles)} {cfg.unit} are fewer than --batch-size "
+                        f"{cfg.batch_size}")
     names = [os.path.basename(path) for path in tiles.files], tiles.sizes.tolist(), len(tiles)
     return tiles, zlib.crc32(repr(names).encode())
-
-def lock(out):
-    """OUT is this process's own until the returned lock is released."""
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        return FileLock(out / "lock").acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"--out {out}: another run writes there; choose another") from None
 
 def write_aside(path, state, keep=None):
     """torch.save, renamed over path (which becomes keep) once it is whole. Raises OSError."""
@@ -835,7 +825,7 @@ def list_skipped(run):
     """Lists unreadable files, each once; what to say of it."""
     path = run.out / "skipped.txt"
     listed = path.read_text("utf-8").splitlines() if path.exists() else []
-    new = sorted({str(BadImage(*fault)) for fault in run.faults.items()} - set(listed))
+    new = sorted({str(BadImage(*fault)) for fault in run.tiles.skipped.items()} - set(listed))
     if not new:
         return ""
     with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
@@ -876,9 +866,8 @@ def collapse(numbers, K):
 # Weights from elsewhere. Whatever layout a ViT was published in, it ends as a state dict under
 # DINOv2's names. A .pth is a pickle: without weights_only=True a hostile one would run its code.
 
-HUB = "https://dl.fbaipublicfiles.com/dinov2/dinov2_{0}/dinov2_{0}{1}_pretrain.pth"
-DINOV2 = {f"dinov2_vit{size}14{registers[:4]}": HUB.format(f"vit{size}14", registers)
-          for size in "sblg" for registers in ("", "_reg4")}
+HUB = "https://dl.fbaipublicfiles.com/dinov2"
+DINOV2 = [f"dinov2_vit{size}14{registers}" for size in "sblg" for registers in ("", "_reg")]
 # Attention heads by width: weights don't show their number.
 HEADS = {192: 3, 1280: 16} | {arch["embed_dim"]: arch["heads"] for arch in ARCHS.values()}
 PLAIN = [argparse.Namespace, np.dtype, np.dtypes.Float64DType, np.dtypes.Int64DType,
@@ -890,7 +879,7 @@ def load_file(name):
     path = str(name)
     try:
         if path in DINOV2 and not os.path.exists(path):
-            url = DINOV2[path]
+            url = f"{HUB}/{path.removesuffix('_reg')}/{path.replace('reg', 'reg4')}_pretrain.pth"
             return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
         if path.startswith("hf_hub:"):
             import huggingface_hub as hub
@@ -911,20 +900,18 @@ def load_file(name):
         raise UserError(f"{name}: {why}, can't be fetched or read; try a new download") from None
 
 def flatten(nested, prefix=""):
-    """{"teacher": {"norm.bias": t}} to {"teacher.norm.bias": t}; tensors only."""
-    flat = {}
+    """Of {"teacher": {"norm.bias": t}} yields "teacher.norm.bias", t; tensors only."""
     for key, value in nested.items():
         if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        elif isinstance(value, Tensor):
-            flat[f"{prefix}{key}"] = value
-    return flat
+            yield from flatten(value, f"{prefix}{key}.")
+        elif torch.is_tensor(value):
+            yield f"{prefix}{key}", value
 
 def read_backbone(name):
     """The state dict of a backbone, DINOv2's, DINO's, RedDino's, DinoBloom's or timm's, under any
     prefix, in DINOv2's names; of student and teacher, the teacher's. Raises UserError."""
     state = {}
-    for key, value in flatten(load_file(name)).items():
+    for key, value in flatten(load_file(name)):
         key = re.sub(r"(_orig_mod|module|_\w+_wrapped_module)\.", "", key)
         key = re.sub(r"\bblocks\.\d+\.(\d+\.)", r"blocks.\1", key)  # DINOv2's, in chunks
         state[key.replace("reg_token", "register_tokens")] = value  # timm's
@@ -1093,6 +1080,8 @@ def main(argv=None):
         text = " ".join(str(error).split())[:1000]
         if isinstance(error, BrokenPipeError):  # or Python would complain, too, when it ends
             sys.stdout = open(os.devnull, "w")
+        elif isinstance(error, Timeout):
+            text = f"--out: another run writes there, see {error.lock_file}; choose another"
         elif not isinstance(error, UserError) and re.search("out of memory|allocate", text):
             text = "not enough memory: more --accumulate, or --checkpoint-activations"
         elif dist.is_initialized() and re.search("(?i)time|connect|peer", text):

@@ -20,6 +20,7 @@ import pytest
 import timm
 import torch
 from corpus import bad_corpus, picture
+from filelock import FileLock
 from PIL import Image
 from stress import stress
 
@@ -467,7 +468,7 @@ def test_a_third_global_view_is_one_number(images, tmp_path, monkeypatch):
 
 def test_two_runs_in_one_folder(images, tmp_path, capsys):
     (tmp_path / "out").mkdir()
-    with reddino.lock(tmp_path / "out"):
+    with FileLock(tmp_path / "out/lock"):
         assert "another run" in main(capsys, options(images, tmp_path / "out"))
     go(images, tmp_path / "out", iters=1)
 
