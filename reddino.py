@@ -668,48 +668,46 @@ MAY_CHANGE = {"data", "out", "init", "workers", "device", "dtype", "compile", "e
 
 def set_up(cfg, at_end):
     """What a run works with. at_end: an ExitStack, for what is to be done however the run ends."""
-    device, dtype = choose_device(cfg)
-    rank, world = start_processes(device)
-    out, gpu, patch = Path(cfg.out), device.type == "cuda", ARCHS[cfg.arch]["patch_size"]
-    if cfg.batch_size % (world * cfg.accumulate):
-        raise UserError(f"--batch-size {cfg.batch_size}: choose a multiple of {world} processes x "
-                        f"--accumulate {cfg.accumulate}")
-    if rank == 0:  # filelock.Timeout: another run writes there
-        out.mkdir(parents=True, exist_ok=True)
-        at_end.enter_context(FileLock(out / "lock", timeout=0))
-    tiles, checksum = find_tiles(cfg)
-    floats = torch.promote_types(dtype, torch.float32)  # of parameters
+    run = SimpleNamespace(cfg=cfg, out=Path(cfg.out), step=0)  # step: how many are done
+    run.device, dtype = choose_device(cfg)
+    run.rank, run.world = start_processes(run.device)
+    if cfg.batch_size % (run.world * cfg.accumulate):
+        raise UserError(f"--batch-size {cfg.batch_size}: choose a multiple of {run.world} "
+                        f"processes x --accumulate {cfg.accumulate}")
+    if run.rank == 0:  # filelock.Timeout: another run writes there
+        run.out.mkdir(parents=True, exist_ok=True)
+        at_end.enter_context(FileLock(run.out / "lock", timeout=0))
+    run.tiles, checksum = find_tiles(cfg)
+    run.floats = torch.promote_types(dtype, torch.float32)  # of parameters
     torch.manual_seed(cfg.seed)
-    model = DINO(cfg).to(device, floats)
-    optimizer = make_optimizer(model.student)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    parts = dict(model.named_children(), optimizer=optimizer, scaler=scaler)
-    about = dict(images=checksum, processes=world)
-    step, note = go_on(cfg, parts, about)
-    if cfg.init and step == 0:  # RedDino: from DINOv2's weights; the heads are new
+    run.model = model = DINO(cfg).to(run.device, run.floats)
+    run.optimizer = make_optimizer(model.student)
+    run.scaler = torch.amp.GradScaler(run.device.type, enabled=dtype == torch.float16)
+    run.autocast = torch.autocast(run.device.type, dtype, enabled=dtype.itemsize == 2)
+    run.parts = dict(model.named_children(), optimizer=run.optimizer, scaler=run.scaler)
+    run.about = dict(images=checksum, processes=run.world)  # as parts: of a checkpoint
+    note = go_on(run)
+    if cfg.init and run.step == 0:  # RedDino: from DINOv2's weights; the heads are new
         note = load_weights(model.student["backbone"], read_backbone(cfg.init), cfg.init)
         model.update_teacher(0)  # a copy
-    mine = torch.tensor([step, checksum], device=device)
+    mine = torch.tensor([run.step, checksum], device=run.device)
     if not torch.equal(all_reduce(mine.clone(), dist.ReduceOp.MAX), mine):
         raise UserError("--data, --out: processes see different images or checkpoints")
+    gpu, patch = run.device.type == "cuda", ARCHS[cfg.arch]["patch_size"]
     if cfg.compile or (cfg.compile is None and gpu):
         for network in (model.student, model.teacher):
             for block in network["backbone"].blocks:  # by block: seconds
                 block.compile()
+    run.parallel = nn.parallel.DistributedDataParallel(model) if run.world > 1 else model
     workers = min(cores(), 16 if gpu else 1) if cfg.workers < 0 else cfg.workers
-    run = SimpleNamespace(
-        cfg=cfg, out=out, rank=rank, world=world, device=device, floats=floats, tiles=tiles,
-        loader=batches(cfg, tiles, step, patch, rank, world, workers, pin=gpu),
-        model=model, optimizer=optimizer, scaler=scaler, first=step, waited=0.0,
-        parallel=nn.parallel.DistributedDataParallel(model) if world > 1 else model,
-        autocast=torch.autocast(device.type, dtype, enabled=dtype.itemsize == 2),
-        parts=parts, about=about, step=step,  # of a checkpoint; step: how many are done
-        log=open_metrics(out, step) if rank == 0 else open(os.devnull, "w"),
-        last=deque(maxlen=1024),  # class tokens [G, D] of as many images
-        caught=catch_signals(at_end), since=time.monotonic())
-    say(run, f"{cfg.arch} on {len(tiles)} {cfg.unit} of {len(tiles.files)} images; {world} x "
-             f"{device.type}, {dtype}", *tiles.notes, note)
+    run.loader = batches(cfg, run.tiles, run.step, patch, run.rank, run.world, workers, pin=gpu)
     at_end.callback(run.loader.close)
+    run.log = open_metrics(run) if run.rank == 0 else open(os.devnull, "w")
+    run.last = deque(maxlen=1024)  # class tokens [G, D] of as many images
+    run.caught = catch_signals(at_end)
+    run.first, run.since, run.waited = run.step, time.monotonic(), 0.0
+    say(run, f"{cfg.arch} on {len(run.tiles)} {cfg.unit} of {len(run.tiles.files)} images; "
+             f"{run.world} x {run.device.type}, {dtype}", *run.tiles.notes, note)
     return run
 
 def batches_of(run):
@@ -739,8 +737,8 @@ def write_down(run, now, numbers, finite, tell):
         cfg, seconds = run.cfg, time.monotonic() - run.since
         rate = (run.step - run.first) / seconds
         told = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
-        say(run, list_skipped(run),
-            f"step {run.step}/{cfg.iters}  {told}  {rate * cfg.batch_size:.1f} images/s, "
+        list_skipped(run)
+        say(run, f"step {run.step}/{cfg.iters}  {told}  {rate * cfg.batch_size:.1f} images/s, "
             f"{run.waited / seconds:.0%} waiting for them  "
             f"{(cfg.iters - run.step) / rate:.0f} s left", collapse(numbers, cfg.prototypes))
 
@@ -754,38 +752,38 @@ def save(run):
     state |= run.about | dict(config=config, step=run.step)
     write_aside(run.out / "checkpoint.pth", state, keep=run.out / "previous.pth")
 
-def load(path, cfg, parts):
-    """Fills parts from a checkpoint; raises whatever is wrong with it."""
+def load(path, run):
+    """Fills the run's parts from a checkpoint; raises whatever is wrong with it."""
     saved = load_file(path)
     changed = [f"{flag_of(name)} was {value}" for name, value in saved["config"].items()
-               if getattr(cfg, name) != value]
+               if getattr(run.cfg, name) != value]
     if changed:
         raise UserError("another run: " + ", ".join(changed))
-    for name, part in parts.items():
+    for name, part in run.parts.items():
         if saved[name] or name != "scaler":  # one that is off has nothing to load
             part.load_state_dict(saved[name])
-    for p, state in parts["optimizer"].state.items():
+    for p, state in run.optimizer.state.items():
         if not p.shape == state["exp_avg"].shape == state["exp_avg_sq"].shape:
             raise UserError("optimiser of another shape")  # AdamW would write past its end
     return saved
 
-def go_on(cfg, parts, about):
-    """Fills parts from the newest readable checkpoint: its step, and a line about it."""
-    newest, said = Path(cfg.out, "checkpoint.pth"), ""
+def go_on(run):
+    """Fills the run's parts from the newest readable checkpoint; returns a line about it."""
+    newest, said = run.out / "checkpoint.pth", ""
     for path in filter(Path.exists, (newest, newest.with_name("previous.pth"))):
         try:
-            saved = load(path, cfg, parts)
+            saved = load(path, run)
         except Exception as error:
             said += f"{path}: can't go on from it ({error}); "
             continue
         if path != newest and newest.exists():  # or it would take the good one's place
             newest.replace(newest.with_name("broken.pth"))
-        if saved | about != saved:
+        if saved | run.about != saved:
             said += "other images or processes: not bit for bit the uninterrupted run; "
-        return saved["step"], f"{said}{path}: going on at step {saved['step']}"
+        run.step = saved["step"]
+        return f"{said}{path}: going on at step {run.step}"
     if said:
         raise UserError(said + "choose another --out; --init starts from its weights")
-    return 0, ""
 
 def find_tiles(cfg):
     """The tiles of --data, and a checksum: the same names and sizes, the same run."""
@@ -811,26 +809,25 @@ def write_aside(path, state, keep=None):
         path.replace(keep)
     aside.replace(path)
 
-def open_metrics(out, start):
+def open_metrics(run):
     """metrics.jsonl, without broken lines and those of steps that are done again."""
-    path, new = out / "metrics.jsonl", out / "metrics.new"
-    if start == 0:
-        (out / "skipped.txt").unlink(missing_ok=True)
+    path, new = run.out / "metrics.jsonl", run.out / "metrics.new"
+    if run.step == 0:
+        (run.out / "skipped.txt").unlink(missing_ok=True)
     path.touch()
     lines = re.findall(rb'^({"step": (\d+),.*})', path.read_bytes(), re.MULTILINE)
-    new.write_bytes(b"".join(line + b"\n" for line, step in lines if int(step) < start))
+    new.write_bytes(b"".join(line + b"\n" for line, step in lines if int(step) < run.step))
     return open(new.replace(path), "a")
 
 def list_skipped(run):
-    """Lists unreadable files, each once; what to say of it."""
+    """Lists unreadable files, each once."""
     path = run.out / "skipped.txt"
     listed = path.read_text("utf-8").splitlines() if path.exists() else []
     new = sorted({str(BadImage(*fault)) for fault in run.tiles.skipped.items()} - set(listed))
-    if not new:
-        return ""
-    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
-        file.writelines(line + "\n" for line in new)
-    return f"{len(listed + new)} files can't be read, {path} lists them; e.g. {new[0]}"
+    if new:
+        with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
+            file.writelines(line + "\n" for line in new)
+        say(run, f"{len(listed + new)} files can't be read, {path} lists them; e.g. {new[0]}")
 
 # ----------------------------------------
 # Signs of learning and of collapse.
