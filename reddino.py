@@ -611,8 +611,9 @@ def train_steps(cfg, run, monitor):
     """Until cfg.iters steps are done. Raises as train."""
     model, optimizer, scaler = run.model, run.optimizer, run.scaler
     bad_in_a_row = 0
-    for *views_and_masks, tile_numbers in batches_of(run):
+    while run.step < cfg.iters:
         # of augment.Batches: uint8 [B, G, 3, S, S] and [B, L, 3, s, s], bool [B, G, N]
+        *views_and_masks, tile_numbers = next_batch(run)
         now = schedules(cfg, run.step)
         apply_schedules(optimizer, now)
         seeds = np.random.default_rng((cfg.seed, run.step, run.rank, 3))
@@ -707,17 +708,15 @@ def set_up(cfg, at_end):
              f"{run.world} x {run.device.type}, {dtype}", *run.tiles.notes, note)
     return run
 
-def batches_of(run):
-    """Views, masks and tiles' numbers of each step that is left."""
-    while run.step < run.cfg.iters:
-        began = time.monotonic()
-        batch = next(run.loader)
-        run.waited += time.monotonic() - began
-        if batch:
-            run.tiles.skipped |= batch[-1]
-            yield batch[:-1]
-        elif run.caught:
+def next_batch(run):
+    """Views, masks and tiles' numbers of a step."""
+    began = time.monotonic()
+    while (batch := next(run.loader)) is None:  # none yet
+        if run.caught:
             raise SystemExit(128 + run.caught[0])
+    run.waited += time.monotonic() - began
+    run.tiles.skipped |= batch[-1]
+    return batch[:-1]
 
 def say(run, *lines):
     if run.rank == 0:
