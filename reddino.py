@@ -676,6 +676,8 @@ def set_up(cfg, at_end):
         run.out.mkdir(parents=True, exist_ok=True)
         at_end.enter_context(FileLock(run.out / "lock", timeout=0))
     run.tiles, checksum = find_tiles(cfg)
+    say(run, f"{cfg.arch} on {len(run.tiles)} {cfg.unit} of {len(run.tiles.files)} images; "
+             f"{run.world} x {run.device.type}, {dtype}", *run.tiles.notes)
     run.floats = torch.promote_types(dtype, torch.float32)  # of parameters
     torch.manual_seed(cfg.seed)
     run.model = model = DINO(cfg).to(run.device, run.floats)
@@ -684,10 +686,7 @@ def set_up(cfg, at_end):
     run.autocast = torch.autocast(run.device.type, dtype, enabled=dtype.itemsize == 2)
     run.parts = dict(model.named_children(), optimizer=run.optimizer, scaler=run.scaler)
     run.about = dict(images=checksum, processes=run.world)  # as parts: of a checkpoint
-    note = go_on(run)
-    if cfg.init and run.step == 0:  # RedDino: from DINOv2's weights; the heads are new
-        note = load_weights(model.student["backbone"], read_backbone(cfg.init), cfg.init)
-        model.update_teacher(0)  # a copy
+    go_on(cfg, run)
     mine = torch.tensor([run.step, checksum], device=run.device)
     if not torch.equal(all_reduce(mine.clone(), dist.ReduceOp.MAX), mine):
         raise UserError("--data, --out: processes see different images or checkpoints")
@@ -704,8 +703,6 @@ def set_up(cfg, at_end):
     run.last = deque(maxlen=1024)  # class tokens [G, D] of as many images
     run.caught = catch_signals(at_end)
     run.first, run.since, run.waited = run.step, time.monotonic(), 0.0
-    say(run, f"{cfg.arch} on {len(run.tiles)} {cfg.unit} of {len(run.tiles.files)} images; "
-             f"{run.world} x {run.device.type}, {dtype}", *run.tiles.notes, note)
     return run
 
 def next_batch(run):
@@ -748,27 +745,27 @@ def save(run):
     state |= run.about | dict(config=config, step=run.step)
     write_aside(run.out / "checkpoint.pth", state, keep=run.out / "previous.pth")
 
-def load(path, run):
-    """Fills the run's parts from a checkpoint; raises whatever is wrong with it."""
+def load(path, cfg, parts):
+    """Fills parts from a checkpoint; raises whatever is wrong with it."""
     saved = load_file(path)
     changed = [f"{flag_of(name)} was {value}" for name, value in saved["config"].items()
-               if getattr(run.cfg, name) != value]
+               if getattr(cfg, name) != value]
     if changed:
         raise UserError("another run: " + ", ".join(changed))
-    for name, part in run.parts.items():
+    for name, part in parts.items():
         if saved[name] or name != "scaler":  # one that is off has nothing to load
             part.load_state_dict(saved[name])
-    for p, state in run.optimizer.state.items():
+    for p, state in parts["optimizer"].state.items():
         if not p.shape == state["exp_avg"].shape == state["exp_avg_sq"].shape:
             raise UserError("optimiser of another shape")  # AdamW would write past its end
     return saved
 
-def go_on(run):
-    """Fills the run's parts from the newest readable checkpoint; returns a line about it."""
+def go_on(cfg, run):
+    """Fills the run's parts from its newest good checkpoint, else backbones from --init."""
     newest, said = run.out / "checkpoint.pth", ""
     for path in filter(Path.exists, (newest, newest.with_name("previous.pth"))):
         try:
-            saved = load(path, run)
+            saved = load(path, cfg, run.parts)
         except Exception as error:
             said += f"{path}: can't go on from it ({error}); "
             continue
@@ -777,9 +774,13 @@ def go_on(run):
         if saved | run.about != saved:
             said += "other images or processes: not bit for bit the uninterrupted run; "
         run.step = saved["step"]
-        return f"{said}{path}: going on at step {run.step}"
+        say(run, f"{said}{path}: going on at step {run.step}")
+        return
     if said:
         raise UserError(said + "choose another --out; --init starts from its weights")
+    if cfg.init:  # RedDino: from DINOv2's weights; the heads are new
+        say(run, load_weights(run.model.student["backbone"], read_backbone(cfg.init), cfg.init))
+        run.model.update_teacher(0)  # a copy
 
 def find_tiles(cfg):
     """The tiles of --data, and a checksum: the same names and sizes, the same run."""
