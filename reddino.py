@@ -468,8 +468,8 @@ class DINO(nn.Module):
         self.student = nn.ModuleDict({"backbone": vit} | heads)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         for block in self.teacher["backbone"].blocks:
-            block.drop_path = 0.0
-        vit.checkpoint_activations = cfg.checkpoint_activations
+            block.drop_path = 0.0  # it answers with all of its layers
+        vit.checkpoint_activations = cfg.checkpoint_activations  # the teacher keeps none
         kinds = ("cls", "patch") if cfg.centering == "moving-average" else ()  # their means differ
         centers = {kind: torch.zeros(1, cfg.prototypes) for kind in kinds}
         self.centers = nn.ParameterDict(centers).requires_grad_(False)
@@ -526,8 +526,8 @@ class DINO(nn.Module):
             center.lerp_(mean, 0.1)
 
 def train_step(run, views_and_masks, temp):
-    """Leaves gradients in the student; returns numbers by name, what the teacher saw. run: see
-    set_up; views_and_masks: see split_batch."""
+    """Leaves clipped gradients in the student; returns numbers by name, what the teacher saw.
+    run: see set_up; views_and_masks: of the whole batch, see split_batch."""
     count, losses = run.cfg.accumulate, {}
     micro_batches = split_batch(*views_and_masks, count, run.device, run.floats)
     run.optimizer.zero_grad(set_to_none=True)
