@@ -1071,29 +1071,31 @@ def main(argv=None):
         print("reddino.py: interrupted", file=sys.stderr)
         sys.exit(130)
     except (UserError, OSError, RuntimeError) as error:
-        text = " ".join(str(error).split())[:1000]
+        print("reddino.py: error:", in_words(error), file=sys.stderr)
         if isinstance(error, BrokenPipeError):  # or Python would complain, too, when it ends
             sys.stdout = open(os.devnull, "w")
-        elif isinstance(error, Timeout):
-            text = f"--out: another run writes there, see {error.lock_file}; choose another"
-        elif not isinstance(error, UserError) and re.search("out of memory|allocate", text):
-            text = "not enough memory: more --accumulate, or --checkpoint-activations"
-        elif dist.is_initialized() and re.search("(?i)time|connect|peer", text):
-            text = who_is_missing()
-        elif isinstance(error, RuntimeError) and not isinstance(error, dist.DistError):
-            raise
-        print("reddino.py: error:", text, file=sys.stderr)
         sys.exit(2)
     finally:
         leave_processes()
 
-def who_is_missing():
-    """After an exchange that failed."""
-    try:
-        dist.monitored_barrier(timeout=timedelta(seconds=15), wait_all_ranks=True)
-    except (RuntimeError, ValueError) as missing:
-        return f"a process does not answer: {' '.join(str(missing).split())}"
-    return "an exchange between processes failed; start again"
+def in_words(error):
+    """A line that says what to do about an error; raises one that is the program's own."""
+    text = " ".join(str(error).split())[:1000]
+    if isinstance(error, Timeout):
+        return f"--out: another run writes there, see {error.lock_file}; choose another"
+    if re.search("out of memory|allocate", text) and not isinstance(error, UserError):
+        return "not enough memory: more --accumulate, or --checkpoint-activations"
+    if isinstance(error, UserError | OSError):
+        return text
+    if dist.is_initialized() and re.search("(?i)time|connect|peer", text):  # who is missing?
+        try:
+            dist.monitored_barrier(timeout=timedelta(seconds=15), wait_all_ranks=True)
+            return "an exchange between processes failed; start again"
+        except (RuntimeError, ValueError) as missing:
+            return f"a process does not answer: {' '.join(str(missing).split())}"
+    if isinstance(error, dist.DistError):  # a port in use
+        return text
+    raise error
 
 if __name__ == "__main__":
     sys.modules["reddino"] = sys.modules["__main__"]  # eval.py shall see these classes, not copies

@@ -1378,6 +1378,13 @@ def test_whose_memory_ran_out_is_said(error, word, capsys, monkeypatch):
     assert stop.value.code == 2 and word in said and said.count("\n") == 1
 
 
+@pytest.mark.parametrize("error", [
+    reddino.UserError("'timelapse' is no folder"), OSError("'timelapse' is gone")])  # fmt: skip
+def test_a_name_with_time_in_it_is_no_failed_exchange(error, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert reddino.in_words(error) == str(error)
+
+
 def test_the_demo_draws_its_batches_from_one_smear_unless_told_otherwise():
     assert reddino.parse_args([]).mix == 1 and reddino.parse_args(["--mix", "0"]).mix == 0
     assert reddino.parse_args(["--data", "smears", "--arch", "nano"]).mix == 0
