@@ -462,17 +462,20 @@ class DINO(nn.Module):
         self.cfg = cfg
         # RedDino: one head for both kinds of tokens, as is DINOv2's default
         self.patch_head = "ibot_head" if cfg.separate_heads else "dino_head"
-        vit = build_vit(cfg.arch, cfg.global_size, registers=cfg.registers, drop_path=cfg.drop_path)
-        heads = {name: DINOHead(vit.embed_dim, cfg.prototypes, **HEAD_SIZES.get(cfg.arch, {}))
-                 for name in sorted({"dino_head", self.patch_head})}
-        self.student = nn.ModuleDict({"backbone": vit} | heads)
-        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
-        for block in self.teacher["backbone"].blocks:
-            block.drop_path = 0.0  # it answers with all of its layers
-        vit.checkpoint_activations = cfg.checkpoint_activations  # the teacher keeps none
+        self.student = self.network(cfg.drop_path)
+        self.student["backbone"].checkpoint_activations = cfg.checkpoint_activations
+        self.teacher = self.network(drop_path=0.0).requires_grad_(False)
+        self.teacher.load_state_dict(self.student.state_dict())
         kinds = ("cls", "patch") if cfg.centering == "moving-average" else ()  # their means differ
         centers = {kind: torch.zeros(1, cfg.prototypes) for kind in kinds}
         self.centers = nn.ParameterDict(centers).requires_grad_(False)
+
+    def network(self, drop_path):
+        cfg, sizes = self.cfg, HEAD_SIZES.get(self.cfg.arch, {})
+        vit = build_vit(cfg.arch, cfg.global_size, registers=cfg.registers, drop_path=drop_path)
+        heads = {name: DINOHead(vit.embed_dim, cfg.prototypes, **sizes)
+                 for name in sorted({"dino_head", self.patch_head})}
+        return nn.ModuleDict({"backbone": vit} | heads)
 
     @torch.no_grad()
     def teacher_targets(self, micro_batches, temp):
