@@ -48,8 +48,7 @@ class BadImage(Exception):
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".npy", ".dcm")
 MAX_PIXELS = 40_000_000  # 6,324 x 6,324; reading one takes up to 0.9 GiB
 TOO_LARGE = f"""too large: over {MAX_PIXELS:,} pixels; cut it, e.g. python -c "import cv2; i =
-cv2.imread('FILE'); [cv2.imwrite(f'{{y}}_{{x}}.png', i[y:y+4096, x:x+4096]) for y in range(0,
-len(i), 4096) for x in range(0, len(i[0]), 4096)]" """
+cv2.imread('FILE'); [cv2.imwrite(f'{{y}}.png', i[y:y+999]) for y in range(0, len(i), 999)]" """
 
 def find_images(folder, notes=None):
     """Paths of all images below `folder`, by extension (DICOM without one by its magic), sorted;
@@ -63,10 +62,9 @@ def find_images(folder, notes=None):
         seen.add(os.path.realpath(here))
         folders[:] = [name for name in folders if name[0] != "."]
         files += [os.path.join(here, name) for name in names if name[0] != "."]
-    for error in errors:
-        if error.filename == folder:
-            raise UserError(f"{folder!r} is not a folder that can be listed: {error.strerror}")
-        notes.append(f"left out: {error.filename!r} can't be listed ({error.strerror})")
+    if not seen:
+        raise UserError(f"{folder!r} is not a folder that can be listed: {errors[0].strerror}")
+    notes += [f"left out: {e.filename!r} can't be listed ({e.strerror})" for e in errors]
     files.sort()
     with ThreadPoolExecutor(16) as pool:  # mostly waiting for the disk or the network
         images = list(pool.map(images_in, files))
@@ -82,7 +80,7 @@ def images_in(file):
     if kind not in ("", ".dcm") and not kind[1:].isdecimal():  # IM0001, 1.2.840.113619.2
         return [file] if kind in EXTENSIONS else []
     try:
-        header = dicom_header(file) or {}
+        header = dicom_header(file)
         frames = int(header.get("NumberOfFrames") or 1)
     except Exception:  # read_image will say what is wrong
         return [file]
@@ -96,16 +94,14 @@ def file_and_frame(path):
     return (file, int(frame)) if frame.isdecimal() and not os.path.exists(path) else (path, None)
 
 def dicom_header(file):
-    """All but the pixels of a DICOM file; None for other files."""
+    """All but the pixels of a DICOM file; {} for other files."""
     if not os.path.isfile(file):  # opening a named pipe would wait for ever
-        return None
+        return {}
     with open(file, "rb") as stream:
         if stream.read(132)[128:] != b"DICM":
-            return None
-    try:
-        import pydicom
-    except ImportError:
-        raise ValueError("a DICOM file: pip install pydicom") from None
+            return {}
+    import pydicom
+
     return pydicom.dcmread(file, stop_before_pixels=True)
 
 def dicom_group(path):
@@ -140,6 +136,8 @@ def read_image(path, header_only=False, window=None, raw=False):
         return np.array(pixels, order="C")  # not the decoder's, which can't be written to
     except Image.DecompressionBombError:  # a header of 60,000 x 60,000 costs a few bytes
         reason = TOO_LARGE
+    except ImportError:
+        reason = "a DICOM file: pip install pydicom --upgrade"
     except Image.UnidentifiedImageError:
         reason = "not an image, or of a kind that can't be read"
     except Exception as error:  # decoders raise what they like: SyntaxError, struct.error, ...
@@ -150,11 +148,11 @@ def read_image(path, header_only=False, window=None, raw=False):
 # Readers yield (height, width), from the header; then, decoded, the array and whether 0 is white.
 def array_reader(file):
     try:
-        values = np.load(file, mmap_mode="r")
+        values = np.lib.format.open_memmap(file, "r")
         grey = values.ndim == 2 and values.dtype.kind in "iuf"
         if not values.size or not (grey or (values.shape[2:], values.dtype) == ((3,), np.uint8)):
             raise ValueError(f"it holds {values.dtype} {list(values.shape)}")
-    except (ValueError, EOFError, AttributeError) as error:
+    except ValueError as error:
         what = "np.save one slice a file, numbers [H, W] or uint8 [H, W, 3]"
         raise ValueError(f"{what}: {error}") from None
     yield values.shape[:2]
@@ -187,10 +185,8 @@ def picture_reader(stream):
     has_exif = not tags and "exif" in im.info
     turned = has_exif and im.getexif().get(0x0112) in (5, 6, 7, 8)
     yield im.size if turned else im.size[::-1]  # size: width, height
-    if im.info.get("progressive"):
-        stream.seek(0)
-        if stream.read().count(b"\xff\xda") > 200:  # 2,000 take minutes
-            raise ValueError("a JPEG of too many scans: save it anew")
+    if im.info.get("progressive") and Path(stream.name).read_bytes().count(b"\xff\xda") > 200:
+        raise ValueError("a JPEG of too many scans: save it anew")  # 2,000 take minutes
     deep = np.max(tags.get(258, 8)) > 8 or ";16" in str(im.tile)
     white_is_0 = deep and tags.get(262) == 0  # at 8 bits PIL inverts
     if tags and im.mode[0] in "LIF" and im.n_frames == 3:  # OME-TIFF, ImageJ: pages of colours
