@@ -309,12 +309,11 @@ class Tiles:
             for path, look in zip(paths, looks):
                 try:
                     size, own = look.result()
+                    squares += [(len(sizes), *square) for square in own]
+                    sizes.append(size)
+                    self.files.append(path)
                 except BadImage as bad:
                     self.skipped[path] = bad.reason
-                    continue
-                squares += [(len(sizes), *square) for square in own]
-                sizes.append(size)
-                self.files.append(path)
             self.sources.append((first, len(squares)))
         if len(self.skipped) > len(self.files):
             bad = BadImage(*next(iter(self.skipped.items())))
@@ -327,16 +326,14 @@ class Tiles:
 
     def look(self, path):
         """(height, width) of an image, and (side, top, left) of its tiles."""
-        if self.unit == "cells":
-            image = read_image(path, window=self.window)
-            dark = 255 - image if self.raw else image  # CT: vessels, bones are bright
-            return image.shape[:2], [
-                (side, round(y - side / 2), round(x - side / 2))
-                for side in self.tile_sizes for x, y in find_cells(dark, side)]
-        height, width = read_image(path, header_only=True)
-        return (height, width), [
-            (side, top, left) for side in self.tile_sizes
-            for top in window_starts(height, side) for left in window_starts(width, side)]
+        if self.unit == "tiles":
+            h, w = read_image(path, header_only=True)
+            return (h, w), [(side, top, left) for side in self.tile_sizes
+                            for top in window_starts(h, side) for left in window_starts(w, side)]
+        image = read_image(path, window=self.window)
+        dark = 255 - image if self.raw else image  # CT: vessels, bones are bright
+        return image.shape[:2], [(side, round(y - side / 2), round(x - side / 2))
+                                 for side in self.tile_sizes for x, y in find_cells(dark, side)]
 
     def __len__(self):
         return len(self.squares)
@@ -364,20 +361,18 @@ class Tiles:
         """Tiles first..last-1 in random order, of as many images at a time as fill half of KEEP:
         each is decoded once an epoch, not once a tile (at 2560 x 1920 82% of loading, now 4%). mix:
         of at most so many; of 1 come `batch` tiles in a row, repeated if it has fewer."""
-        numbers, image = np.unique(self.image[first:last], return_inverse=True)
+        ids, image = np.unique(self.image[first:last], return_inverse=True)
         if mix == 1:
-            order = []
-            for k in rng.permutation(len(numbers)):
-                own = rng.permutation(np.flatnonzero(image == k))
-                order.append(np.resize(own, max(len(own) // batch, 1) * batch))
-            return first + np.concatenate(order)
-        size = np.sort(self.sizes[numbers].prod(1)) * (4 if self.raw else 3)  # bytes
+            own = [rng.permutation(np.flatnonzero(image == k)) for k in rng.permutation(len(ids))]
+            own = [np.resize(tiles, max(len(tiles) // batch, 1) * batch) for tiles in own]
+            return first + np.concatenate(own)
+        size = np.sort(self.sizes[ids].prod(1)) * (4 if self.raw else 3)  # bytes
         fitting = len(size) if size.sum() <= KEEP else (size.cumsum() <= KEEP / 2).sum()
-        at_once = min(mix or len(numbers), max(fitting, 1))
-        if at_once == len(numbers):
+        at_once = min(mix or len(ids), max(fitting, 1))
+        if at_once == len(ids):
             return first + rng.permutation(last - first)
-        place = rng.permutation(len(numbers))[image] + rng.random(last - first) * at_once
-        return first + np.argsort(place % len(numbers))  # %: the last images' begin the epoch
+        place = rng.permutation(len(ids))[image] + rng.random(last - first) * at_once
+        return first + np.argsort(place % len(ids))  # %: the last images' begin the epoch
 
 # ----------------------------------------
 # RedDino: 32 pixel transforms where DINOv2 has four. The release takes 33 of Albumentations 1.4,
@@ -412,7 +407,7 @@ class RandomRain(A.ImageOnlyTransform):  # 1.4 blurs all of the image, 2.0.8 the
     def apply(self, img, **params):
         h, w = img.shape[:2]
         tops = self.random_generator.integers((0, -20), (w, h), (h * w // 600, 2))
-        slant = np.array([self.random_generator.integers(-10, 10), 20])
+        slant = self.random_generator.integers(-10, 10), 20
         drops = np.stack((tops, tops + slant), 1).astype(np.int32)  # [drops, 2 ends, (x, y)]
         img = cv2.polylines(img.copy(), drops, False, (200, 200, 200))
         return cv2.convertScaleAbs(cv2.blur(img, (7, 7)), alpha=0.7)
@@ -582,8 +577,9 @@ class MultiCrop:
         instead = {TURN: A.D4(p=1)} if unit == "cells" else {}
         if window:
             instead[WINDOW] = RandomWindow([window])
-        # of the first global view, the second, and of local ones
-        self.recipe = [[instead.get(t, t) for t in view] for view in (RECIPES[augment] * 3)[:3]]
+        first, second, local = (RECIPES[augment] * 3)[:3]  # RECIPES have one list, or these three
+        views = first, *[second] * (GLOBAL_VIEWS - 1), *[local] * local_crops
+        self.recipe = [[instead.get(t, t) for t in view] for view in views]
         # Of aspect 3/4 to 4/3. Shrunk by averaging (the others skip pixels and alias), enlarged as
         # the release does, bilinearly, or as DINOv2, bicubically.
         enlarge = cv2.INTER_CUBIC if augment == "dinov2" else cv2.INTER_LINEAR
@@ -595,12 +591,11 @@ class MultiCrop:
     def __call__(self, tile, rng):
         # Albumentations draws from these two; its own (2.0.8) repeat in each worker and epoch.
         python_rng, views = random.Random(int(rng.integers(2**62))), []
-        for number, crop in enumerate(self.crops):  # cropped first: colour work costs by the pixel
-            transforms = self.recipe[min(number, 1) if number < GLOBAL_VIEWS else 2]
+        for crop, transforms in zip(self.crops, self.recipe):
             if self.augment == "reddino":  # RedDino: four different ones of 32, each with its p
                 transforms = python_rng.sample(TRANSFORMS, 4) + FLIPS
             view = tile
-            for transform in (crop, *transforms):
+            for transform in (crop, *transforms):  # cropped first: colour work costs by the pixel
                 transform.set_random_state(rng, python_rng)
                 view = transform(image=view)["image"]
             views.append([view] * 3 if view.ndim == 2 else view.transpose(2, 0, 1))  # [3, s, s]
