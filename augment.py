@@ -629,7 +629,7 @@ def block_mask(rng, height, width, ratio):
         if 0 < h < height and 0 < w < width:
             top, side = rng.integers(height - h + 1), rng.integers(width - w + 1)
             block = mask[top:top + h, side:side + w]
-            new = block.size - int(block.sum())
+            new = np.count_nonzero(~block)
             if 0 < new <= left:
                 block[:] = True
                 left, misses = left - new, 0
@@ -644,7 +644,7 @@ class Batches:
         self.cfg, self.tiles, self.grid = cfg, tiles, cfg.global_size // patch_size
         self.crop = MultiCrop(cfg.augment, cfg.global_size, cfg.local_size, cfg.local_crops,
                               cfg.global_scale, cfg.window, cfg.unit)
-        self.slots = range(rank, cfg.batch_size, world)
+        self.rank, self.world = rank, world
         sources = tiles.sources if cfg.balance else [(0, len(tiles))]  # they take turns
         self.pools = [(first, last) for first, last in sources if last > first]
         self.orders = [(0, self.order(pool, 0)) for pool in range(len(self.pools))]
@@ -658,8 +658,7 @@ class Batches:
         """Yields this process's samples of a step, each as epoch, tile, mask ratios."""
         size = self.cfg.batch_size
         ratios = mask_ratios(self.cfg.seed, step, size * GLOBAL_VIEWS).reshape(size, GLOBAL_VIEWS)
-        for slot in self.slots:
-            sample = step * size + slot
+        for sample in range(step * size, (step + 1) * size)[self.rank::self.world]:
             turn, pool = divmod(sample, len(self.pools))
             epoch, place = divmod(turn, len(self.orders[pool][1]))
             if self.orders[pool][0] != epoch:
@@ -667,7 +666,7 @@ class Batches:
             tile = int(self.orders[pool][1][place])
             if self.cfg.mix == 1:  # a tile may come twice in an epoch: each time with other views
                 epoch = sample
-            yield epoch, tile, tuple(ratios[slot])
+            yield epoch, tile, tuple(ratios[sample % size])
 
     def views(self, epoch, index, ratios):
         """What __getitem__ gives, of one sample."""
@@ -694,9 +693,8 @@ def batches(cfg, tiles, start, patch_size, rank, world, workers, pin):
     made = from_workers(of_step, steps, workers) if workers else map(of_step.__getitem__, steps)
     for batch in made:
         if batch is not None:
-            *arrays, indices, faults = batch
-            tensors = [torch.from_numpy(array) for array in arrays]
-            batch = *[t.pin_memory() if pin else t for t in tensors], indices, faults
+            tensors = [torch.from_numpy(array) for array in batch[:3]]
+            batch = *[t.pin_memory() if pin else t for t in tensors], *batch[3:]
         yield batch
 
 def work(of_step, steps, end, pipes):
@@ -755,5 +753,5 @@ def from_workers(of_step, steps, workers):
 
 def normalise(views, device, dtype):
     """uint8 crops to the device (a quarter of floats' bytes), there to ImageNet's mean 0, std 1."""
-    mean, std = (torch.tensor(v, device=device, dtype=dtype).view(3, 1, 1) for v in (MEAN, STD))
+    mean, std = torch.tensor((MEAN, STD), device=device, dtype=dtype).view(2, 3, 1, 1)
     return (views.to(device, non_blocking=True).to(dtype) / 255 - mean) / std
