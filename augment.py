@@ -132,8 +132,7 @@ def read_image(path, header_only=False, window=None, raw=False):
                 raise Image.DecompressionBombError
             if header_only:
                 return height, width
-            pixels = to_rgb(*next(reader), window, raw)
-        return np.array(pixels, order="C")  # not the decoder's, which can't be written to
+            return np.array(to_rgb(*next(reader), window, raw), order="C")  # theirs are read-only
     except Image.DecompressionBombError:  # a header of 60,000 x 60,000 costs a few bytes
         reason = TOO_LARGE
     except ImportError:
@@ -182,9 +181,8 @@ def picture_reader(stream):
     im = Image.open(stream)
     tags = getattr(im, "tag_v2", {})  # of a TIFF
     # PIL turns TIFFs itself; EXIF behind a PNG's pixels is left alone: to find it decodes them
-    has_exif = not tags and "exif" in im.info
-    turned = has_exif and im.getexif().get(0x0112) in (5, 6, 7, 8)
-    yield im.size if turned else im.size[::-1]  # size: width, height
+    exif = im.getexif() if not tags and "exif" in im.info else {}
+    yield im.size if exif.get(0x0112) in (5, 6, 7, 8) else im.size[::-1]  # size: width, height
     if im.info.get("progressive") and Path(stream.name).read_bytes().count(b"\xff\xda") > 200:
         raise ValueError("a JPEG of too many scans: save it anew")  # 2,000 take minutes
     deep = np.max(tags.get(258, 8)) > 8 or ";16" in str(im.tile)
@@ -200,7 +198,7 @@ def picture_reader(stream):
             raise ValueError("colours of more than 8 bits, plane by plane: import tifffile; "
                              "tifffile.imwrite(NEW, tifffile.imread(FILE).transpose(1, 2, 0))")
         yield pixels[..., [2, 1, 0, 3][:pixels.shape[2]]], white_is_0  # OpenCV's are BGR
-    upright = ImageOps.exif_transpose(im) if has_exif else im
+    upright = ImageOps.exif_transpose(im) if exif else im
     if im.mode[0] not in "IF":  # CMYK and palettes too
         upright = upright.convert("RGBA" if im.has_transparency_data else "RGB")
     yield np.asarray(upright), white_is_0
