@@ -4,6 +4,7 @@ An image travels through read_image, Tiles (its 224 x 224 windows, or cells), Mu
 local views) and Batches as RGB uint8 (`ct`: values until RandomWindow). Papers: RedDino (Zedda et
 al., MICCAI 2025), DINOv2 (Oquab et al., 2023), multi-crop (SwAV, Caron et al., 2020)."""
 import hashlib
+import itertools
 import logging
 import math
 import multiprocessing
@@ -50,6 +51,15 @@ MAX_PIXELS = 40_000_000  # 6,324 x 6,324; reading one takes up to 0.9 GiB
 TOO_LARGE = f"""too large: over {MAX_PIXELS:,} pixels; cut it, e.g. python -c "import cv2; i =
 cv2.imread('FILE'); [cv2.imwrite(f'{{y}}.png', i[y:y+999]) for y in range(0, len(i), 999)]" """
 
+def in_threads(function, files):
+    """[function(file), ...], 16 at a time, which mostly wait for the disk or the network. Some at a
+    time, or an interrupt would have to wait for all, and a million waiting calls take gigabytes."""
+    results = []
+    with ThreadPoolExecutor(16) as pool:
+        for first in range(0, len(files), 256):
+            results += pool.map(function, files[first:first + 256])
+    return results
+
 def find_images(folder, notes=None):
     """Paths of all images below `folder`, by extension (DICOM without one by its magic), sorted;
     hidden ones (Trash, notebooks' checkpoints) left out, links followed, each folder once. To the
@@ -66,10 +76,9 @@ def find_images(folder, notes=None):
         raise UserError(f"{folder!r} is not a folder that can be listed: {errors[0].strerror}")
     notes += [f"left out: {e.filename!r} can't be listed ({e.strerror})" for e in errors]
     files.sort()
-    with ThreadPoolExecutor(16) as pool:  # mostly waiting for the disk or the network
-        images = list(pool.map(images_in, files))
+    images = in_threads(images_in, files)
     others = Counter(Path(file).suffix.lower() for file, own in zip(files, images) if not own)
-    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items()) if kind)
+    kinds = ", ".join(f"{count} {kind or 'without extension'}" for kind, count in others.items())
     if kinds:
         notes.append(f"left out, as no images: {kinds} in {folder!r}")
     return [path for own in images for path in own]
@@ -77,13 +86,15 @@ def find_images(folder, notes=None):
 def images_in(file):
     """Paths of a file's images: none, itself, or the frames of a DICOM file."""
     kind = Path(file).suffix.lower()
-    if kind not in ("", ".dcm") and not kind[1:].isdecimal():  # IM0001, 1.2.840.113619.2
+    if kind not in ("", ".dcm", ".ima") and not kind[1:].isdecimal():  # IM0001, 1.2.840.113619.2
         return [file] if kind in EXTENSIONS else []
     try:
         header = dicom_header(file)
         frames = int(header.get("NumberOfFrames") or 1)
     except Exception:  # read_image will say what is wrong
         return [file]
+    if header.get("Modality") in ("SEG", "RTDOSE"):  # pixels, but no picture
+        return []
     if "Rows" not in header and kind != ".dcm":  # a DICOMDIR, or no DICOM file
         return []
     return [f"{file}#{n}" for n in range(frames)] if 1 < frames < os.stat(file).st_size else [file]
@@ -125,8 +136,10 @@ def read_image(path, header_only=False, window=None, raw=False):
                 reader = array_reader(file)
             elif header := dicom_header(file):
                 reader = dicom_reader(file, frame, header)
-            else:
+            elif frame is None:
                 reader = picture_reader(stream)
+            else:
+                raise ValueError("only DICOM files have frames")
             height, width = next(reader)
             if height * width > MAX_PIXELS:
                 raise Image.DecompressionBombError
@@ -187,17 +200,25 @@ def picture_reader(stream):
         raise ValueError("a JPEG of too many scans: save it anew")  # 2,000 take minutes
     deep = np.max(tags.get(258, 8)) > 8 or ";16" in str(im.tile)
     white_is_0 = deep and tags.get(262) == 0  # at 8 bits PIL inverts
-    if tags and im.mode[0] in "LIF" and im.n_frames == 3:  # OME-TIFF, ImageJ: pages of colours
-        pages = ImageSequence.all_frames(im, np.array)
-        if {page.shape for page in pages} == {pages[0].shape[:2]}:
-            yield np.dstack(pages), white_is_0
+    sizes = [page.size for page in ImageSequence.Iterator(im)] if tags else []
+    if sizes.count(im.size) > 1:  # others are smaller copies
+        im.seek(0)
+        depth = "slices=" in str(tags.get(270))  # as ImageJ says
+        if depth or im.mode[0] not in "LIF" or sizes != 3 * [im.size]:
+            raise ValueError(f"{len(sizes)} pages: save each as a file of its own")
+        yield np.dstack(ImageSequence.all_frames(im, np.array)), white_is_0  # R, G, B, as OME's
+    im.seek(0)
     im.load()  # an error where it is cut short
     if deep and len(im.getbands()) > 1:
         pixels = cv2.imread(stream.name, cv2.IMREAD_UNCHANGED)
-        if tags.get(284) == 2 or pixels is None or pixels.ndim != 3:
+        if tags.get(284) == 2:
             raise ValueError("colours of more than 8 bits, plane by plane: import tifffile; "
                              "tifffile.imwrite(NEW, tifffile.imread(FILE).transpose(1, 2, 0))")
-        yield pixels[..., [2, 1, 0, 3][:pixels.shape[2]]], white_is_0  # OpenCV's are BGR
+        if exif.get(0x0112, 1) != 1 or pixels is None or pixels.ndim != 3:
+            raise ValueError("colours of more than 8 bits, turned by EXIF or packed as OpenCV "
+                             "can't read: save them anew")
+        channels = min(pixels.shape[2], 3 + im.has_transparency_data)
+        yield pixels[..., [2, 1, 0, 3][:channels]], white_is_0  # OpenCV's are BGR
     upright = ImageOps.exif_transpose(im) if exif else im
     if im.mode[0] not in "IF":  # CMYK and palettes too
         upright = upright.convert("RGBA" if im.has_transparency_data else "RGB")
@@ -233,6 +254,8 @@ def full_scale(values, kind):
     if values.max() < -10 * values.min():  # a little below 0 is noise
         raise ValueError("values far below 0: say --window LEVEL WIDTH, for a CT in HU e.g. 40 400")
     brightest = float(np.percentile(values, 99.9))
+    if (0 < brightest < 0.1 or 1.5 < brightest < 32) and (values % 1).any():
+        raise ValueError("floats of an unknown scale: say --window LEVEL WIDTH")
     if kind == "f" and brightest <= 1.5:
         return 0.5, 1.0
     white = next((2**bits - 1 for bits in (8, 10, 12, 14, 16) if brightest < 2**bits), brightest)
@@ -293,45 +316,53 @@ class Tiles:
         self.tile_sizes, self.unit = np.atleast_1d(tile_size).tolist(), unit
         self.files, self.sources, self.skipped, self.notes = [], [], {}, []
         self.window, self.raw = window, raw
+        if not folders:
+            raise UserError("--data: name at least one folder of images")
         if unit == "cells" and (0 in self.tile_sizes or (raw and not window)):
             raise UserError("--unit cells: needs a --tile-size above 0, and for ct a --window")
-        if len(set(map(os.path.realpath, folders))) < len(folders):
-            raise UserError(f"--data names a folder twice: {' '.join(map(repr, folders))}")
-        sizes, squares = [], []
+        real = [Path(folder).resolve() for folder in folders]
+        if any(a == b or a in b.parents for a, b in itertools.permutations(real, 2)):
+            raise UserError(f"--data names a folder twice, or one in another: {folders}")
+        sizes, squares, first = [], [], 0
         for folder in folders:
-            first, paths = len(squares), find_images(folder, self.notes)
+            paths, last = find_images(folder, self.notes), first
             if not paths:
                 raise UserError(f"no images in {folder!r} or below: none of {' '.join(EXTENSIONS)}")
-            with ThreadPoolExecutor(16) as pool:
-                looks = [pool.submit(self.look, path) for path in paths]
-            for path, look in zip(paths, looks):
-                try:
-                    size, own = look.result()
-                    squares += [(len(sizes), *square) for square in own]
-                    sizes.append(size)
-                    self.files.append(path)
-                except BadImage as bad:
-                    self.skipped[path] = bad.reason
-            self.sources.append((first, len(squares)))
+            for path, look in zip(paths, in_threads(self.look, paths)):
+                if isinstance(look, BadImage):
+                    self.skipped[path] = look.reason
+                    continue
+                size, own = look
+                squares.append(own)
+                sizes.append(size)
+                self.files.append(path)
+                last += len(own)
+            self.sources.append((first, last))
+            first = last
         if len(self.skipped) > len(self.files):
             bad = BadImage(*next(iter(self.skipped.items())))
             raise UserError(f"{len(self.skipped)} of {len(self.skipped) + len(self.files)} images "
                             f"can't be read; the first is {bad}")
         self.sizes = np.array(sizes)  # of each image, [images, (height, width)]
-        squares = np.array(squares, int).reshape(-1, 4)
-        self.image, self.squares = squares[:, 0], squares[:, 1:]  # number; side, top, left in it
+        self.squares = np.concatenate(squares)  # side, top, left in the image of this number:
+        self.image = np.repeat(np.arange(len(squares)), [len(own) for own in squares])
         self.kept, self.bytes = {}, 0  # decoded, the oldest first
 
     def look(self, path):
-        """(height, width) of an image, and (side, top, left) of its tiles."""
-        if self.unit == "tiles":
-            h, w = read_image(path, header_only=True)
-            return (h, w), [(side, top, left) for side in self.tile_sizes
-                            for top in window_starts(h, side) for left in window_starts(w, side)]
-        image = read_image(path, window=self.window)
-        dark = 255 - image if self.raw else image  # CT: vessels, bones are bright
-        return image.shape[:2], [(side, round(y - side / 2), round(x - side / 2))
-                                 for side in self.tile_sizes for x, y in find_cells(dark, side)]
+        """(height, width) of an image and [n, 3]: side, top, left of its tiles; or its BadImage."""
+        try:
+            if self.unit == "tiles":
+                h, w = size = read_image(path, header_only=True)
+                squares = [(side, top, left) for side in self.tile_sizes
+                           for top in window_starts(h, side) for left in window_starts(w, side)]
+            else:
+                image = read_image(path, window=self.window)
+                size, dark = image.shape[:2], 255 - image if self.raw else image  # CT: bright
+                squares = [(side, round(y - side / 2), round(x - side / 2))
+                           for side in self.tile_sizes for x, y in find_cells(dark, side)]
+        except BadImage as bad:
+            return bad
+        return size, np.array(squares, int).reshape(-1, 3)
 
     def __len__(self):
         return len(self.squares)
@@ -355,18 +386,22 @@ class Tiles:
         self.kept[number] = image  # now the youngest
         return (image[top:top + side, left:left + side] if side else image).copy()
 
+    def at_once(self, ids=slice(None)):
+        """How many of these images (all) are drawn from at a time: all, if KEEP holds them."""
+        size = np.sort(self.sizes[ids].prod(1)) * (4 if self.raw else 3)  # bytes
+        return len(size) if size.sum() <= KEEP else max((size.cumsum() <= KEEP / 2).sum(), 1)
+
     def shuffled(self, first, last, rng, mix=0, batch=1):
         """Tiles first..last-1 in random order, of as many images at a time as fill half of KEEP:
         each is decoded once an epoch, not once a tile (at 2560 x 1920 82% of loading, now 4%). mix:
         of at most so many; of 1 come `batch` tiles in a row, repeated if it has fewer."""
         ids, image = np.unique(self.image[first:last], return_inverse=True)
         if mix == 1:
-            own = [rng.permutation(np.flatnonzero(image == k)) for k in rng.permutation(len(ids))]
+            own = np.split(np.arange(last - first), np.bincount(image).cumsum()[:-1])
+            own = [rng.permutation(own[k]) for k in rng.permutation(len(ids))]
             own = [np.resize(tiles, max(len(tiles) // batch, 1) * batch) for tiles in own]
             return first + np.concatenate(own)
-        size = np.sort(self.sizes[ids].prod(1)) * (4 if self.raw else 3)  # bytes
-        fitting = len(size) if size.sum() <= KEEP else (size.cumsum() <= KEEP / 2).sum()
-        at_once = min(mix or len(ids), max(fitting, 1))
+        at_once = min(mix or len(ids), self.at_once(ids))
         if at_once == len(ids):
             return first + rng.permutation(last - first)
         place = rng.permutation(len(ids))[image] + rng.random(last - first) * at_once

@@ -40,7 +40,6 @@ import reddino
 from augment import MEAN, STD, BadImage, UserError
 
 PROTOCOLS = ("knn", "linear", "fewshot")  # what is done by default
-CHOICES = {*PROTOCOLS, "study", "full", "head", "lora", "cls", "cls+mean"}
 L2 = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # strengths that the linear probe chooses from
 SHOTS, DRAWS, FEWSHOT_L2 = (1, 5, 10, 50), 20, 0.1  # the best of 1, 0.1, 0.01 on Chula
 SIZES, BINS = {"pixels": 16, "colour": 64}, 32  # inputs of these baselines; a channel's bins
@@ -85,15 +84,18 @@ def csv_rows(path, log):
     """The rows of a CSV as {column: text}, with "file" and "centre". UserError: what is wrong."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file)
+            reader = csv.reader(file, strict=True)  # or an open quote would swallow rows
             lines = [(reader.line_num, values) for values in reader if any(values)] or [(1, [])]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} can't be read as a CSV in UTF-8: {error}") from None
+        quote = isinstance(error, csv.Error)
+        where = f", up to line {reader.line_num} (a quote too many?)" if quote else ""
+        raise UserError(f"{path} can't be read as a CSV in UTF-8{where}: {error}") from None
     names = [re.sub("[ -]", "_", name.strip().lower()) for name in lines.pop(0)[1]]
     names = [re.sub("^([xy])_", r"\1", name) for name in names]  # x_min
     where = next((some for some in (CENTRE, BOX) if set(some) & set(names)), ())
-    corner = where == CENTRE and {"width", "height"} <= set(names)
-    if corner or any(names.count(name) != 1 for name in ("image", "label", *where)):
+    corner = where == CENTRE and {"w", "h", "width", "height", *BOX} & set(names)
+    missing = {"image", "label", *where} - set(names)
+    if corner or missing or any(names.count(name) > 1 for name in COLUMNS):
         raise UserError(f"{path} has the columns {', '.join(names)}. It needs, between commas and "
                         "once: image, label; of cells in images also x, y (the centre; without "
                         "width, height) or xmin, xmax, ymin, ymax")
@@ -118,18 +120,20 @@ def csv_rows(path, log):
 
 def folder_rows(data, log):
     """A row for each image in FOLDER/CLASS, or in FOLDER/train/CLASS and FOLDER/test/CLASS."""
-    def folders(*parent):
-        return sorted(path.name for path in Path(data, *parent).iterdir()
-                      if path.is_dir() and path.name[0] != ".")
-
-    parts = [name for name in folders() if re.fullmatch(SPLIT, name, re.I)]
+    notes = []
+    files = augment.find_images(data, notes)
+    folders = [Path(file).relative_to(data).parts[:-1] for file in files]
+    parts = {names[0] for names in folders if names and re.fullmatch(SPLIT, names[0], re.I)}
     if len({part[:3].lower() for part in parts}) < 2:
-        parts = [""]
-    elif parts != folders():
-        log(f"{data}: only {', '.join(parts)} are used")
-    return [{"file": file, "label": label, "split": part, "centre": NOWHERE}
-            for part in parts for label in folders(part)
-            for file in augment.find_images(os.path.join(data, part, label))]
+        parts, folders = {""}, [("", *names) for names in folders]
+    rows = [{"file": file, "split": names[0], "label": names[1], "centre": NOWHERE}
+            for file, names in zip(files, folders) if len(names) > 1 and names[0] in parts]
+    if len(rows) < len(files):
+        used = ", ".join(sorted(parts)) or "folders of classes"
+        notes.append(f"{data}: only {used} are used, {len(files) - len(rows)} images are elsewhere")
+    for note in notes:
+        log(note)
+    return rows
 
 def look(file, window):
     """What to know of an image, or the BadImage that it is."""
@@ -154,14 +158,18 @@ def read_cells(data, drop_labels=(), window=None, log=quiet):
         raise UserError(f"--drop-label {min(unknown)}: labels are {', '.join(sorted(labels))}")
     rows = [row for row in rows if row["label"] not in drop_labels]
     files = sorted({row["file"] for row in rows})
-    with ThreadPoolExecutor() as pool:
-        looks = dict(zip(files, pool.map(look, files, itertools.repeat(window))))
+    looks = dict(zip(files, augment.in_threads(lambda file: look(file, window), files)))
     if bad := {file: seen.reason for file, seen in looks.items() if isinstance(seen, BadImage)}:
         text = f"{len(bad)} of {len(files)} images can't be read: {looks[min(bad)]}"
         log(text)
         if 2 * len(bad) > len(files):
             raise UserError(text)
     rows = [row | looks[row["file"]] for row in rows if row["file"] not in bad]
+    unknown = {row["file"] for row in rows if not (row["patient"] or row.get("group"))}
+    if 0 < len(unknown) < len(files) - len(bad):
+        log(f"{len(unknown)} images name no patient: each counts as one, e.g. {min(unknown)}")
+        for row in rows:
+            row["patient"] = row["patient"] or row["image"]
     rows.sort(key=lambda row: row["file"])
     classes, label = column(rows, "label")
     if len(classes) < 2:
@@ -211,23 +219,25 @@ def cut(path, centres, crop, size, window=None):
     """The cells of a file at centres [k, 2]: uint8 [k, 3, side, side], side at most `size`; for NaN
     all of the file, its shape kept. Beyond the border the edge goes on: black would be a hint."""
     image = torch.from_numpy(augment.read_image(path, window=window)).permute(2, 0, 1)[None]
+    if np.isnan(centres).any():
+        longer = max(image.shape[2:])
+        image = resize(image, [max(round(n * size / longer), 1) for n in image.shape[2:]])
+        crop, centres = size, np.full_like(centres, [n // 2 for n in image.shape[:1:-1]])
     high, wide = image.shape[2:]
-    whole = np.isnan(centres).any()
-    if whole:
-        crop, centres = max(high, wide), np.full_like(centres, (wide // 2, high // 2))
     cells = []
     for x, y in np.rint(centres).astype(int) - crop // 2:
         rows = torch.arange(y, y + crop).clamp(0, high - 1)
         cell = image[:, :, rows[:, None], torch.arange(x, x + crop).clamp(0, wide - 1)]
-        cells.append(resize(cell, size) if whole or crop > size else cell)
+        cells.append(resize(cell, size) if crop > size else cell)
     return torch.cat(cells)
 
 def crops_of(cells, crop, size):
     """Yields all cells in order, uint8 [b, 3, side, side], about 256 at a time; see cut."""
     def read(f):
-        return cut(cells.files[f], cells.centre[cells.file == f], crop, size, cells.window)
+        return cut(cells.files[f], centres[f], crop, size, cells.window)
 
     files = range(len(cells.files))
+    centres = np.split(cells.centre, np.searchsorted(cells.file, files[1:]))  # of each file
     batch = math.ceil(256 * len(files) / len(cells.file))
     with ThreadPoolExecutor() as pool:
         for first in files[::batch]:
@@ -275,9 +285,14 @@ def make_splits(cells, folds, seed, log=print):
             splits.setdefault(name, []).append((train[~known], test))
     if not splits:
         raise UserError("no way of splitting leaves cells to train on and to test on: add images")
+    if not (ask | learn).all():
+        log(f"{(~(ask | learn)).sum()} cells are neither of train nor of the tested split")
     for c, name in enumerate(cells.classes):
-        if cells.split is None and len(set(cells.group[cells.label == c])) == 1:
+        own = cells.label == c
+        if cells.split is None and len(set(cells.group[own])) == 1:
             log(f"class {name!r} is in one {cells.by} only: it is never both learnt and tested")
+        elif not (own & learn).any() or not (own & ask).any():
+            log(f"class {name!r} is not in both parts of the split")
     if len(set(cells.group[ask])) < 10:
         log(f"fewer than 10 {cells.by}s are tested: don't trust the intervals")
     return splits
@@ -539,18 +554,17 @@ def judge_parts(truth, found, group, parts, seed):
             for name, probs in found.items()}
 
 def rows_of(found, split):
-    """{backbone: {protocol: result}} to a row for each; and one for each difference of two."""
-    rows, pairs = [], []
+    """{backbone: {protocol: result}} to a row of results.json for each; "minus": its scores less
+    each other backbone's, on the same draws."""
+    rows = []
     for name in dict.fromkeys(name for results in found.values() for name in results):
-        results = {label: of[name] for label, of in found.items() if name in of}
-        for a, result in results.items():
-            row = {"protocol": name, "split": split, "weights": a}
-            more = {k: v for k, v in result.items() if k != "again"}
-            rows.append(row | more | summary(result["again"]))
-            for b in results:
-                gap = {k: v - results[b]["again"][k] for k, v in result["again"].items()}
-                pairs += [row | {"minus": b} | summary(gap)] if a != b else []
-    return rows, pairs
+        again = {label: of[name].pop("again") for label, of in found.items() if name in of}
+        for label, own in again.items():
+            minus = {other: summary({k: own[k] - theirs[k] for k in own})
+                     for other, theirs in again.items() if other != label}
+            row = {"protocol": name, "split": split, "weights": label, "minus": minus}
+            rows.append(row | found[label][name] | summary(own))
+    return rows
 
 def few_shot(x, y, parts, shots, seed):
     """A result: the mean of DRAWS; then each, a linear probe on `shots` random training cells a
@@ -638,6 +652,21 @@ def knn_monitor(cfg):
 
     return monitor
 
+CHOICES = {"protocols": {*PROTOCOLS, "study"}, "finetune": {"full", "head", "lora"},
+           "features": {"cls", "cls+mean"}}
+LIMITS = {"crop": (2, 4096), "folds": (2, 4096), "size": (1, 4096), "seed": (0, 2**32 - 1)}
+
+def check_options(**given):
+    """UserError for values that are not among CHOICES, or not within LIMITS."""
+    for name, value in given.items():
+        if name in LIMITS:
+            low, high = LIMITS[name]
+            if not low <= value <= high:
+                raise UserError(f"--{name} {value}: must lie between {low} and {high}")
+        elif wrong := {*value} - CHOICES[name]:
+            choices = ", ".join(sorted(CHOICES[name]))
+            raise UserError(f"--{name} {min(wrong)}: choose from {choices}")
+
 def evaluate(data, weights, protocols=PROTOCOLS, crop=80, out=None, device="auto", size=None,
              seed=0, log=print, drop_labels=(), folds=5, finetune=(), figures=None, window=None,
              heads=None, features="cls"):
@@ -647,10 +676,8 @@ def evaluate(data, weights, protocols=PROTOCOLS, crop=80, out=None, device="auto
     def say(text):
         log(printable(text, 1000))
 
-    if unknown := {*protocols, *finetune, features} - CHOICES:
-        raise UserError(f"{min(unknown)}: choose from {', '.join(sorted(CHOICES))}")
-    if min(crop, folds, (size or 1) + 1) < 2:
-        raise UserError("--crop and --folds have to be at least 2, and --size at least 1")
+    check_options(protocols=protocols, finetune=finetune, features=[features], crop=crop,
+                  folds=folds, size=size or 1, seed=seed)
     if figures and not importlib.util.find_spec("matplotlib"):
         raise UserError("--figures needs matplotlib: pip install matplotlib")
     augment.check_window(window)
@@ -667,19 +694,17 @@ def evaluate(data, weights, protocols=PROTOCOLS, crop=80, out=None, device="auto
     x = {label: embed(label, backbone, cells, crop, say, features == "cls+mean")
          for label, backbone in backbones.items()}
     crops = torch.cat(list(crops_of(cells, crop, 224))) if finetune else None  # 19 KB each at 80
-    rows, pairs, asked = [], [], {*protocols}
+    rows, asked = [], {*protocols}
     for split, parts in make_splits(cells, folds, seed, say).items():
         found = {}
         for label, backbone in backbones.items():
             found[label] = measure(x[label].to(backbone.device), cells, parts, asked, seed)
             found[label] |= measure_tuned(backbone, crops, cells, parts, finetune, seed)
             say(f"{label}: {split}, done")
-        for table, more in zip((rows, pairs), rows_of(found, split)):
-            table += more
+        rows += rows_of(found, split)
         asked -= {"fewshot"}  # of the first split
     results = dict(data=str(data), crop=crop, window=window, seed=seed, cells=len(cells.label),
-                   classes=cells.classes, sources=cells.sources, skipped=cells.skipped, rows=rows,
-                   pairs=pairs)
+                   classes=cells.classes, sources=cells.sources, skipped=cells.skipped, rows=rows)
     if out:
         Path(out, "results.json").write_text(json.dumps(results, indent=1))
         Path(out, "results.md").write_text(as_table(results), "utf-8")
@@ -699,15 +724,14 @@ def as_table(results):
     for title, rows in itertools.groupby(results["rows"], lambda r: [r["protocol"], r["split"]]):
         rows = list(rows)
         best = max(rows, key=lambda row: row["weighted_f1"])["weights"]
-        gaps = {p["weights"]: text(p) for p in results["pairs"]
-                if [p["protocol"], p["split"], p["minus"]] == [*title, best]}
         names = list(rows[0]["interval"])
         table = [[", ".join(title), *names, "minus the best"], ["---"] * (len(names) + 2)]
         for row in rows:
             name = printable(row["weights"]).replace("|", "\\|")
             name += f" ({row['trained']:,} trained)" if "trained" in row else ""
             line = [text(row) if k == "weighted_f1" else f"{100 * row[k]:.1f}" for k in names]
-            line = [name, *line, gaps.get(row["weights"], "best")]
+            gap = row["minus"].get(best)
+            line = [name, *line, text(gap) if gap else "best"]
             table.append([f"**{cell}**" for cell in line] if row["weights"] == best else line)
         widths = [max(map(len, column)) for column in zip(*table)]
         lines += ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in table] + [""]
@@ -736,6 +760,8 @@ def main(argv=None):
     parser.error = lambda text: parser.exit(2, f"eval.py: error: {printable(text, 2000)}\n")
     try:
         evaluate(**vars(parser.parse_args(argv)), log=lambda text: print(text, flush=True))
+    except KeyboardInterrupt:
+        parser.exit(130, "eval.py: interrupted\n")
     except (UserError, BadImage, OSError) as error:
         parser.error(error)
 

@@ -15,6 +15,7 @@ import struct
 import subprocess
 import sys
 import threading
+import zlib
 from collections import Counter
 
 import albumentations as A
@@ -492,6 +493,36 @@ def test_one_large_image_does_not_change_how_many_a_batch_is_drawn_from(tmp_path
     assert alone > 20 and images_in_a_batch() > 0.5 * alone  # half of all tiles are its own
 
 
+def test_how_few_images_a_batch_comes_from_is_said(tmp_path, monkeypatch):
+    """Where they are so large that no more are kept decoded; unless --mix asks for it."""
+    for k in range(6):
+        Image.fromarray(picture(100, 100, k)).save(tmp_path / f"{k}.png")  # 30 KB each
+    for keep, mix, said in ((130_000, 0, True), (130_000, 2, False), (200_000, 0, False)):
+        monkeypatch.setattr(augment, "KEEP", keep)
+        more = dict(batch_size=8, tile_size=40, mix=mix)
+        tiles, _ = reddino.find_tiles(reddino.configure(arch="nano", data=[str(tmp_path)], **more))
+        assert [note for note in tiles.notes if "2 images at a time" in note] == tiles.notes
+        assert bool(tiles.notes) == said
+        draws = drawn(tiles, 20, batch_size=8, tile_size=40, mix=mix)
+        images = np.mean([len({tiles.file_of(i) for _, i, _ in batch}) for batch in draws])
+        assert (images < 3.7) == (said or mix == 2)  # of six alike 4.6
+
+
+def test_an_interrupt_while_starting_waits_for_a_few_files_only():
+    """Ctrl-C reaches the main thread, as here; a hundred thousand files may still be to be read."""
+    results, asked = augment.in_threads(lambda file: 2 * file, range(1000)), []
+    assert results == list(range(0, 2000, 2))
+
+    def read(file):
+        asked.append(file)
+        if file == 300:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        augment.in_threads(read, range(100_000))
+    assert 300 < len(asked) <= 512
+
+
 @pytest.mark.parametrize("mix", [1, 3])
 def test_a_batch_mixes_so_many_smears(tmp_path, mix):
     for k in range(20):
@@ -565,6 +596,9 @@ def test_user_errors(tmp_path):
         UserError, match=r"2 of 3 images can't be read; the first is '.*b.png': not an image"
     ):
         Tiles([str(half)])
+    (tmp_path / "within").mkdir()
+    with pytest.raises(UserError, match="one in another"):
+        Tiles([str(tmp_path), str(tmp_path / "within")], 20)
     with pytest.raises(UserError, match="twice"):
         Tiles([str(half), str(half) + "/."])
     with pytest.raises(UserError, match="imagenet"):
@@ -1290,7 +1324,7 @@ def test_hidden_folders_links_and_loops(tmp_path):
     found = augment.find_images(str(tmp_path / "shown"), notes := [])
     assert [os.path.relpath(f, tmp_path / "shown") for f in found] == [
         "a.png", "b.PNG", "linked/deep/a.png"]  # fmt: skip
-    assert len(notes) == 1 and "2 .svs" in notes[0]
+    assert len(notes) == 1 and "2 .svs" in notes[0] and "2 without extension" in notes[0]
     assert Tiles([str(tmp_path / "shown")], 40).notes == notes
 
 
@@ -1386,6 +1420,56 @@ def test_three_grey_pages_are_three_colours(tmp_path):
     assert (read_image(str(tmp_path / "x.tif")) == image).all()
 
 
+def test_pages_that_are_no_colours_are_not_left_out_silently(tmp_path):
+    pages, path = [Image.fromarray(picture(40, 40, seed)) for seed in range(3)], tmp_path / "x.tif"
+    grey, slices = [page.convert("L") for page in pages], {270: "ImageJ=1.54\nimages=3\nslices=3"}
+    for many, more in ((pages, {}), (grey[:2], {}), (grey + grey, {}), (grey, slices)):
+        many[0].save(path, save_all=True, append_images=many[1:], tiffinfo=more)
+        with pytest.raises(BadImage, match=f"{len(many)} pages: save each"):
+            read_image(path)
+    pages[0].save(path, save_all=True, append_images=[pages[1].resize((20, 20))])  # an overview
+    assert (read_image(path) == picture(40, 40, 0)).all()
+    with pytest.raises(BadImage, match="only DICOM files have frames"):
+        read_image(f"{path}#1")
+
+
+def test_a_fourth_channel_is_transparency_only_if_it_says_so(tmp_path):
+    """Fluorescence or infrared beside R, G, B."""
+    tifffile, image = pytest.importorskip("tifffile"), picture(30, 40)
+    more = np.dstack([image, image[..., :1] // 2])
+    for kind, white in ((np.uint8, 1), (np.uint16, 257)):
+        values = more.astype(kind) * white
+        tifffile.imwrite(tmp_path / "x.tif", values, photometric="rgb", extrasamples=[0])
+        assert (read_image(tmp_path / "x.tif") == image).all()
+
+
+def test_deep_colours_that_are_turned_are_refused(tmp_path):
+    cv2.imwrite(str(tmp_path / "x.png"), picture(30, 40).astype(np.uint16) * 257)
+    data = (tmp_path / "x.png").read_bytes()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    chunk = b"eXIf" + exif.tobytes()[6:]
+    chunk = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    at = data.index(b"IDAT") - 4
+    (tmp_path / "x.png").write_bytes(data[:at] + chunk + data[at:])
+    with pytest.raises(BadImage, match=r"turned by EXIF.*: save them anew"):
+        read_image(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("white, known", [(1, True), (1.4, True), (200.5, True), (0.002, False),
+                                          (2.5, False), (20.5, False)])  # fmt: skip
+def test_floats_have_a_scale_or_a_window(tmp_path, white, known):
+    """0 to 1, or grey levels; else (SUV, ADC maps, normalised arrays) black would be seen."""
+    np.save(tmp_path / "x.npy", np.linspace(0, white, 1000, dtype=np.float32).reshape(20, 50))
+    windowed = read_image(tmp_path / "x.npy", window=(white / 2, white))
+    assert windowed.mean() == pytest.approx(127, abs=1)
+    if known:
+        assert read_image(tmp_path / "x.npy").mean() > 80
+    else:
+        with pytest.raises(BadImage, match="unknown scale: say --window"):
+            read_image(tmp_path / "x.npy")
+
+
 def test_a_jpeg_of_thousands_of_scans_is_refused(tmp_path):
     Image.fromarray(picture(64, 64)).save(tmp_path / "x.jpg", progressive=True)
     read_image(str(tmp_path / "x.jpg"))
@@ -1477,6 +1561,15 @@ def test_what_dicom_can_t_give_is_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"2 of 2 .*IM0001.*pip install pydicom"):
         Tiles([str(tmp_path)])
     assert augment.dicom_group(str(tmp_path / "IM0001")) is None
+
+
+def test_what_is_no_picture_beside_ct_is_left_out_and_counted(tmp_path):
+    """Segmentations and doses have pixels, too."""
+    shutil.copy(dicom_file("CT_small.dcm"), tmp_path / "0001.IMA")  # Siemens's
+    for name in ("liver_1frame.dcm", "rtdose.dcm"):  # SEG, RTDOSE
+        shutil.copy(dicom_file(name), tmp_path)
+    found = augment.find_images(str(tmp_path), notes := [])
+    assert found == [str(tmp_path / "0001.IMA")] and "2 .dcm" in notes[0]
 
 
 @pytest.mark.parametrize("enhanced", [False, True])

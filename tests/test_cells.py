@@ -119,13 +119,53 @@ def test_class_folders_with_and_without_a_split(tmp_path):
     (tmp_path / "test").rename(tmp_path / "elsewhere")
     cells = ev.read_cells(str(tmp_path), log=said.append)  # where there is no test, val is asked
     assert cells.classes == ["a", "b"] and sorted({*cells.split}) == ["test", "train"]
-    assert "only Train, valid are used" in said[0]
+    assert "only Train, valid are used, 6 images are elsewhere" in said[0]
     linked = tmp_path / "linked"
     linked.mkdir()
     for c in "ab":
         os.symlink(tmp_path / "Train" / c, linked / c)  # as on clusters
     cells = ev.read_cells(str(linked))
     assert cells.classes == ["a", "b"] and len(cells.label) == 6
+
+
+def test_what_class_folders_leave_out_is_said(tmp_path):
+    draw_images(tmp_path, [f"{c}/{i}.png" for c in "ab" for i in range(3)] + ["0.png", "1.png"])
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "0.heic").write_bytes(b"x")
+    said = []
+    cells = ev.read_cells(str(tmp_path), log=said.append)
+    assert cells.classes == ["a", "b"] and len(cells.label) == 6
+    assert "1 .heic" in said[0] and "only folders of classes are used, 2 images" in said[1]
+
+
+def test_cells_that_a_given_split_leaves_out_are_said():
+    """Classes are a, A (never learnt) and b; of 12 cells 2 are in no part."""
+    label, split = np.arange(12) % 3, np.repeat(["train", "test", ""], [6, 4, 2])
+    label[:6] %= 2
+    label[:6] *= 2
+    cells, said = plain(12, label=label, classes=("a", "A", "b"), split=split), []
+    ((train, test),) = ev.make_splits(cells, 5, 0, said.append)["the given split"]
+    assert (len(train), len(test)) == (6, 4)
+    assert any("2 cells are neither" in s for s in said)
+    (one,) = [s for s in said if "not in both parts of the split" in s]
+    assert one.startswith("class 'A' is")
+
+
+def test_a_file_that_names_no_patient_is_one_of_its_own(tmp_path):
+    pydicom = pytest.importorskip("pydicom")
+    header = pydicom.dcmread(pydicom.data.get_testdata_file("MR_small.dcm", download=False))
+    values = header.pixel_array
+    lines = ["image,label"]
+    for i in range(12):
+        header.PatientID = f"P{i // 4}" if i else ""
+        header.PixelData = (values + i).tobytes()
+        header.save_as(tmp_path / f"{i}.dcm")
+        lines.append(f"{i}.dcm,{'ab'[i % 2]}")
+    (tmp_path / "cells.csv").write_text("\n".join(lines))
+    said = []
+    cells = ev.read_cells(str(tmp_path / "cells.csv"), log=said.append)
+    assert cells.by == "patient" and sorted(np.bincount(cells.group)) == [1, 3, 4, 4]
+    assert "1 images name no patient" in said[0] and "0.dcm" in said[0]
 
 
 @pytest.mark.parametrize(
@@ -273,6 +313,9 @@ def test_whole_image_keeps_its_shape(tmp_path):
     crop = ev.cut(str(tmp_path / "long.png"), np.full((1, 2), np.nan), 80, 40)[0, 0].numpy()
     np.testing.assert_array_equal(crop[15:25], image[..., 0])
     assert (crop[:15] == 200).all() and (crop[25:] == 200).all()
+    Image.fromarray(np.full((2, 60_000, 3), 7, np.uint8)).save(tmp_path / "scan.png")
+    crop = ev.cut(str(tmp_path / "scan.png"), np.full((1, 2), np.nan), 80, 40)  # a square: 10 GB
+    assert crop.shape == (1, 3, 40, 40) and (crop == 7).all()
 
 
 def test_network_input_is_pillows_bicubic_of_bytes():
@@ -378,6 +421,10 @@ MISTAKES = {
     "no label": (edited(lambda s: [s[0].replace("label", "class"), *s[1:]]), "once: image, label"),
     "two labels": (edited(lambda s: [s[0].replace("source", "Label"), *s[1:]]), "label, label. It"),
     "x without y": (edited(lambda s: [s[0].replace(",y,", ",z,"), *s[1:]]), "x, y (the centre"),
+    "x, y of a corner": (edited(lambda s: ["image,label,x,y,w,h", "0.png,a,1,2,3,4"]),
+                         "without width, height"),
+    "two groups": (edited(lambda s: [s[0] + ",group,Group", *s[1:]]), "group, group. It"),
+    "an open quote": (edited(lambda s: [*s[:3], '1.png,20,30,"dark,a', *s[4:]]), "quote too many"),
     "half a box": (edited(lambda s: [BOX[:-5], "0.png,a,1,2,3"]), "or xmin, xmax, ymin, ymax"),
     "a corner or a centre": (edited(lambda s: ["image,label,x,y,width,height", "0.png,a,1,2,3,4"]),
                              "without width, height"),
@@ -403,10 +450,13 @@ MISTAKES = {
     "unknown weights": (given(weights="resnet5000"), "nor one of torchvision's, pixels, colour"),
     "no checkpoint": (given(weights="TMP/0.png"), "0.png"),
     "unknown protocol": (given("--protocols", "knnn"), "knnn"),
-    "unknown tuning": (given("--finetune", "loras"), "loras: choose from cls"),
+    "unknown tuning": (given("--finetune", "loras"), "loras: choose from full"),
     "unknown features": (given("--features", "patch"), "patch: choose from cls, cls+mean"),
     "unknown option": (given("--corp", "9"), "--corp"),
     "a size": (given("--size", "65", weights="random"), "65"),
+    "a seed": (given("--seed", "-1"), "--seed -1: must lie between"),
+    "a crop": (given("--crop", "40000"), "--crop 40000: must lie between 2 and 4096"),
+    "a tuning as a protocol": (given("--protocols", "full"), "full: choose from fewshot, knn"),
     "an unknown label to drop": (given("--drop-label", "x"), "bright"),
     "out is a file": (given("--out", "TMP/0.png"), "File exists"),
     "a window without width": (given("--window", "40", "0"), "--window takes LEVEL and WIDTH"),
@@ -427,3 +477,14 @@ def test_mistakes_get_one_line(case, tmp_path, capsys):
     assert said.err.startswith("eval.py: error: ") and said.err.count("\n") == 1
     assert words in said.err and "\x1b" not in said.err + said.out
     assert "features of" not in said.out  # nothing was done before
+
+
+def test_ctrl_c_is_one_line(tmp_path, monkeypatch, capsys):
+    def interrupted(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ev, "crops_of", interrupted)
+    data = str(draw_cells(tmp_path))
+    with pytest.raises(SystemExit) as end:
+        ev.main(["--data", data, "--weights", "pixels", "--out", str(tmp_path / "out")])
+    assert end.value.code == 130 and capsys.readouterr().err == "eval.py: interrupted\n"

@@ -198,10 +198,11 @@ def test_comparison_is_paired():
     found = {}
     for label, errs in (("a", wrong), ("b", more)):
         found[label] = {"20-NN": ev.judge(truth, np.eye(2)[errs[group].astype(int)], group)}
-    rows, pairs = ev.rows_of(found, "folds")
-    (gap,) = [row for row in pairs if row["weights"] == "b"]
-    assert gap["minus"] == "a" and gap["accuracy"] == pytest.approx(-1 / 40)
-    assert (gap["protocol"], gap["split"]) == ("20-NN", "folds")
+    rows = ev.rows_of(found, "folds")
+    assert [row["weights"] for row in rows] == ["a", "b"] and list(rows[1]["minus"]) == ["a"]
+    assert (rows[1]["protocol"], rows[1]["split"]) == ("20-NN", "folds")
+    gap = rows[1]["minus"]["a"]
+    assert gap["accuracy"] == pytest.approx(-1 / 40)
     low, high = rows[0]["interval"]["accuracy"]
     assert rows[0]["accuracy"] == pytest.approx(1 - wrong.mean()) and high - low > 0.2
     assert gap["interval"]["accuracy"] == [pytest.approx(-3 / 40), 0]  # Poisson, mean 1
@@ -581,9 +582,8 @@ def test_whole_evaluation_of_a_csv(tmp_path):
     assert row["accuracy"] == 1 and row["interval"]["accuracy"] == [1, 1]
     assert result["classes"] == ["bright", "dark"]
     assert sum(map(sum, row["confusion"])) == 64 == row["cells"]
-    want = {"weights": "untrained", "minus": "colour", "protocol": "1-NN"}
-    pair = next(p for p in result["pairs"] if want.items() <= p.items())
-    first, second = (rows[name, "1-NN", pair["split"]] for name in ("untrained", "colour"))
+    first, second = (rows[name, "1-NN", "5 folds by image"] for name in ("untrained", "colour"))
+    pair = first["minus"]["colour"]
     assert pair["accuracy"] == pytest.approx(first["accuracy"] - second["accuracy"])
     assert pair["interval"]["accuracy"][0] <= pair["accuracy"] <= pair["interval"]["accuracy"][1]
 
