@@ -791,6 +791,9 @@ def find_tiles(cfg):
     if len(tiles) < cfg.batch_size:
         raise UserError(f"--data: {len(tiles)} {cfg.unit} are fewer than --batch-size "
                         f"{cfg.batch_size}")
+    if tiles.at_once() < len(tiles.files) and not cfg.mix:
+        tiles.notes.append(f"batches come from {tiles.at_once()} images at a time, as no more are "
+                           "kept decoded; cut large images into several, or see augment.KEEP")
     names = [os.path.basename(path) for path in tiles.files], tiles.sizes.tolist(), len(tiles)
     return tiles, zlib.crc32(repr(names).encode())
 
@@ -804,7 +807,7 @@ def write_aside(path, state, keep=None):
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:  # torch wraps the system's error in its own
         aside.unlink(missing_ok=True)
-        raise OSError(f"can't write {path} ({error})") from None
+        raise OSError(f"can't write {path}, is the disk full? ({error})") from None
     if keep and path.exists():
         path.replace(keep)
     aside.replace(path)
@@ -822,7 +825,7 @@ def open_metrics(run):
 def list_skipped(run):
     """Lists unreadable files, each once."""
     path = run.out / "skipped.txt"
-    listed = path.read_text("utf-8").splitlines() if path.exists() else []
+    listed = path.read_text("utf-8", "replace").splitlines() if path.exists() else []
     new = sorted({str(BadImage(*fault)) for fault in run.tiles.skipped.items()} - set(listed))
     if new:
         with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
@@ -894,7 +897,8 @@ def load_file(name):
         raise UserError(f"{name}: pip install {error.name} to read it") from None
     except Exception as error:  # a different type for each way in which it can be wrong
         why = "no such file" if isinstance(error, FileNotFoundError) else type(error).__name__
-        raise UserError(f"{name}: {why}, can't be fetched or read; try a new download") from None
+        raise UserError(f"{name}: {why}, can't be fetched or read; it has to be a state dict, "
+                        "whole: try a new download") from None
 
 def flatten(nested, prefix=""):
     """Of {"teacher": {"norm.bias": t}} yields "teacher.norm.bias", t; tensors only."""
@@ -913,10 +917,12 @@ def read_backbone(name):
         key = re.sub(r"\bblocks\.\d+\.(\d+\.)", r"blocks.\1", key)  # DINOv2's, in chunks
         state[key.replace("reg_token", "register_tokens")] = value  # timm's
     prefixes = [key[:-9] for key in state if re.search(r"\bcls_token$", key)]
-    prefix = max(prefixes, key=lambda prefix: "teacher" in prefix, default="")
+    average = re.compile("teacher|ema|momentum|target|averag")  # as others name the teacher
+    prefix = max(prefixes, key=lambda prefix: bool(average.search(prefix)), default="")
     state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     state = {k: v for k, v in state.items() if not re.match(r"(\w*head|classifier)\.", k)}
-    if not {"pos_embed", "patch_embed.proj.weight", "blocks.0.norm1.bias"} <= set(state):
+    needed = {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.norm1.bias"}
+    if not needed <= set(state):
         raise UserError(f"{name}: no vision transformer in DINOv2's or timm's layout")
     fc1, fc2 = (state.get(f"blocks.0.mlp.fc{n}.weight", torch.ones(1, 1)) for n in (1, 2))
     if len(fc1) == 2 * fc2.shape[1]:  # SwiGLU, timm's names

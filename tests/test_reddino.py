@@ -1068,6 +1068,21 @@ LAYOUTS = {
             **{f"teacher.backbone.{k}": v for k, v in s.items()},
         }
     },
+    "timm's": lambda s: {"state_dict": {k: 0 * v for k, v in s.items()}, "state_dict_ema": s},
+    "DeiT's": lambda s: {"model": {k: 0 * v for k, v in s.items()}, "model_ema": s},
+    "MSN's": lambda s: {"encoder": {k: 0 * v for k, v in s.items()}, "target_encoder": s},
+    "MoCo's": lambda s: {
+        "state_dict": {
+            **{f"base_encoder.{k}": 0 * v for k, v in s.items()},
+            **{f"momentum_encoder.{k}": v for k, v in s.items()},
+        }
+    },
+    "Lightning's average": lambda s: {
+        "state_dict": {
+            **{f"model.{k}": 0 * v for k, v in s.items()},
+            **{f"ema_model.{k}": v for k, v in s.items()},
+        }
+    },
     "Lightning": lambda s: {"state_dict": {f"model.{k}": v for k, v in s.items()}, "epoch": 1},
     "FSDP": lambda s: {f"_fsdp_wrapped_module.{k}": v for k, v in s.items()},
     "compiled twice": lambda s: {f"_orig_mod.module.{k}": v for k, v in s.items()},
@@ -1174,6 +1189,13 @@ def test_our_checkpoints_give_the_teacher(tmp_path):
         model.teacher["backbone"].state_dict(),
     )
     assert state.keys() == own.keys() and all(torch.equal(state[k], own[k]) for k in state)
+
+
+def test_a_vit_without_a_class_token_is_refused(backbone, tmp_path):
+    """SigLIP's, and others that average their patches."""
+    torch.save({k: v for k, v in backbone.items() if k != "cls_token"}, tmp_path / "it.pth")
+    with pytest.raises(UserError, match="no vision transformer in DINOv2's or timm's layout"):
+        read_backbone(str(tmp_path / "it.pth"))
 
 
 def test_positions_of_another_size_are_stretched_once(backbone):

@@ -630,6 +630,11 @@ def test_a_folder_full_of_trouble(tmp_path, capsys):
     )
     assert listed(tmp_path / "out") == Counter(repr(path)[1:-1] for path in bad)
     assert len(losses(tmp_path / "out")) == steps
+    with open(tmp_path / "out" / "skipped.txt", "ab") as file:
+        file.write(b"'half a character \xc3")  # the disk was full
+    more = {"data": [str(tmp_path / "data")], "tile_size": 0, "batch_size": 8, "workers": 1}
+    go(tmp_path, tmp_path / "out", iters=steps + 1, **more)
+    assert len(losses(tmp_path / "out")) == steps + 1
     said = capsys.readouterr().out
     assert all(said.count(repr(path)) <= 1 for path in bad) and str(len(bad)) in said
 
