@@ -190,7 +190,7 @@ def dicom_reader(file, frame, header):
     yield apply_modality_lut(pixels, units), coding == "MONOCHROME1"
 
 def picture_reader(stream):
-    """By PIL, or OpenCV where PIL would make colours 8 bits."""
+    """By PIL, or deep_colours."""
     im = Image.open(stream)
     tags = getattr(im, "tag_v2", {})  # of a TIFF
     # PIL turns TIFFs itself; EXIF behind a PNG's pixels is left alone: to find it decodes them
@@ -200,29 +200,31 @@ def picture_reader(stream):
         raise ValueError("a JPEG of too many scans: save it anew")  # 2,000 take minutes
     deep = np.max(tags.get(258, 8)) > 8 or ";16" in str(im.tile)
     white_is_0 = deep and tags.get(262) == 0  # at 8 bits PIL inverts
-    sizes = [page.size for page in ImageSequence.Iterator(im)] if tags else []
-    if sizes.count(im.size) > 1:  # others are smaller copies
-        im.seek(0)
+    sizes = [page.size for page in ImageSequence.Iterator(im)] if tags else [()]
+    im.seek(0)
+    if sizes.count(sizes[0]) > 1:  # others are smaller copies
         depth = "slices=" in str(tags.get(270))  # as ImageJ says
         if depth or im.mode[0] not in "LIF" or sizes != 3 * [im.size]:
             raise ValueError(f"{len(sizes)} pages: save each as a file of its own")
         yield np.dstack(ImageSequence.all_frames(im, np.array)), white_is_0  # R, G, B, as OME's
-    im.seek(0)
     im.load()  # an error where it is cut short
     if deep and len(im.getbands()) > 1:
-        pixels = cv2.imread(stream.name, cv2.IMREAD_UNCHANGED)
         if tags.get(284) == 2:
             raise ValueError("colours of more than 8 bits, plane by plane: import tifffile; "
                              "tifffile.imwrite(NEW, tifffile.imread(FILE).transpose(1, 2, 0))")
-        if exif.get(0x0112, 1) != 1 or pixels is None or pixels.ndim != 3:
-            raise ValueError("colours of more than 8 bits, turned by EXIF or packed as OpenCV "
-                             "can't read: save them anew")
-        channels = min(pixels.shape[2], 3 + im.has_transparency_data)
-        yield pixels[..., [2, 1, 0, 3][:channels]], white_is_0  # OpenCV's are BGR
+        yield deep_colours(stream.name, exif, im.has_transparency_data), white_is_0
     upright = ImageOps.exif_transpose(im) if exif else im
     if im.mode[0] not in "IF":  # CMYK and palettes too
         upright = upright.convert("RGBA" if im.has_transparency_data else "RGB")
     yield np.asarray(upright), white_is_0
+
+def deep_colours(path, exif, has_alpha):
+    """RGB(A) of more than 8 bits, by OpenCV: PIL would make them 8."""
+    pixels = cv2.imread(path, cv2.IMREAD_UNCHANGED)  # BGR(A)
+    if exif.get(0x0112, 1) != 1 or pixels is None or pixels.ndim != 3:
+        raise ValueError("colours of more than 8 bits, turned by EXIF or packed as OpenCV can't "
+                         "read: save them anew")
+    return pixels[..., [2, 1, 0, 3][:min(pixels.shape[2], 3 + has_alpha)]]
 
 @np.errstate(over="ignore")
 def to_rgb(pixels, white_is_0, window, raw):

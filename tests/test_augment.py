@@ -1427,8 +1427,9 @@ def test_pages_that_are_no_colours_are_not_left_out_silently(tmp_path):
         many[0].save(path, save_all=True, append_images=many[1:], tiffinfo=more)
         with pytest.raises(BadImage, match=f"{len(many)} pages: save each"):
             read_image(path)
-    pages[0].save(path, save_all=True, append_images=[pages[1].resize((20, 20))])  # an overview
-    assert (read_image(path) == picture(40, 40, 0)).all()
+    for small in ([pages[1].resize((20, 20))], 2 * [pages[1].resize((20, 20))]):  # overview, label
+        pages[0].save(path, save_all=True, append_images=small)
+        assert (read_image(path) == picture(40, 40, 0)).all()
     with pytest.raises(BadImage, match="only DICOM files have frames"):
         read_image(f"{path}#1")
 
