@@ -76,6 +76,7 @@ class Cells:
 
 SPLIT, NUMBER = "(train|test|val)(ing|id|idation)?", r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?"
 CENTRE, BOX = ("x", "y"), ("xmin", "xmax", "ymin", "ymax")
+CORNERS = {"x1": "xmin", "x2": "xmax", "y1": "ymin", "y2": "ymax"}  # as others call them
 NOWHERE = [math.nan, math.nan]
 COLUMNS = dict.fromkeys(("image", "label", "group", "source", "study_label"), ".+")
 COLUMNS |= dict.fromkeys((*CENTRE, *BOX, "slice"), NUMBER) | {"split": SPLIT}
@@ -92,6 +93,7 @@ def csv_rows(path, log):
         raise UserError(f"{path} can't be read as a CSV in UTF-8{where}: {error}") from None
     names = [re.sub("[ -]", "_", name.strip().lower()) for name in lines.pop(0)[1]]
     names = [re.sub("^([xy])_", r"\1", name) for name in names]  # x_min
+    names = [CORNERS.get(name, name) for name in names]
     where = next((some for some in (CENTRE, BOX) if set(some) & set(names)), ())
     corner = where == CENTRE and {"w", "h", "width", "height", *BOX} & set(names)
     missing = {"image", "label", *where} - set(names)

@@ -56,8 +56,9 @@ def plain(n, groups=None, label=None, classes=("a", "b"), **more):
 @pytest.mark.parametrize("head, row", [
     ("image,label,xmin,xmax,ymin,ymax", "{i}.png,{l},{a},{b},{c},{d}"),  # as BCCD's
     ("image,label,x_min,y_min,x_max,y_max", "{i}.png,{l},{a},{c},{b},{d}"),
+    ("image,label,x1,y1,x2,y2", "{i}.png,{l},{a},{c},{b},{d}"),  # as torchvision's
     ("image,label,y,x", "{i}.png,{l},{y},{x}"),
-], ids=["extent", "corners", "centre"])  # fmt: skip
+], ids=["extent", "corners", "numbers", "centre"])  # fmt: skip
 def test_boxes_are_taken_as_their_centres(head, row, tmp_path):
     data = draw_cells(tmp_path, 4)
     expected = ev.read_cells(str(data))
