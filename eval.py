@@ -285,16 +285,16 @@ def make_splits(cells, folds, seed, log=print):
             log(f"{name}: {known.sum()} cells are not trained on: their image or group is tested")
         if len(test) and not known.all():
             splits.setdefault(name, []).append((train[~known], test))
+        elif len(test):
+            log(f"{name}: {len(test)} cells are not tested: none is left to learn from")
     if not splits:
-        raise UserError("no way of splitting leaves cells to train on and to test on: add images")
+        raise UserError("no cells are left to train on or to test on: add images; where `split` "
+                        "is given, of both train and test")
     if not (ask | learn).all():
         log(f"{(~(ask | learn)).sum()} cells are neither of train nor of the tested split")
-    for c, name in enumerate(cells.classes):
-        own = cells.label == c
-        if cells.split is None and len(set(cells.group[own])) == 1:
-            log(f"class {name!r} is in one {cells.by} only: it is never both learnt and tested")
-        elif not (own & learn).any() or not (own & ask).any():
-            log(f"class {name!r} is not in both parts of the split")
+    for (name, parts), (c, own) in itertools.product(splits.items(), enumerate(cells.classes)):
+        if not any((cells.label[a] == c).any() and (cells.label[b] == c).any() for a, b in parts):
+            log(f"{name}: class {own!r} is never both learnt and tested")
     if len(set(cells.group[ask])) < 10:
         log(f"fewer than 10 {cells.by}s are tested: don't trust the intervals")
     return splits
@@ -437,12 +437,13 @@ def train_net(net, inputs, y, lr, epochs, batch=64):
     """Train what of a classifier requires gradients; inputs(i) are those of the labels y[i]."""
     trained = [p for p in net.parameters() if p.requires_grad]
     net.trained = sum(p.numel() for p in trained)
+    net.train(all(p.requires_grad for p in net.parameters()))  # or batch norm would learn
     optimizer = torch.optim.AdamW(trained, lr, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     for _ in range(epochs):
         for some in torch.randperm(len(y)).split(batch):
             with torch.autocast(y.device.type, torch.bfloat16, enabled=y.is_cuda):
-                loss = F.cross_entropy(net.train()(*inputs(some)).float(), y[some])
+                loss = F.cross_entropy(net(*inputs(some)).float(), y[some])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -502,24 +503,28 @@ class GatedAttention(nn.Module):
         weight = weight.masked_fill(place[:, :, None] < 0, -math.inf).softmax(1)  # [S, L, 1]
         return self.head((weight * x).sum(1))
 
-def attend(x, place, y, train, test, seed):
-    """GatedAttention trained on some studies: probabilities of others. Features [S, L, D] get
-    noise: studies are few, and without it they are learnt by heart."""
+def attend(x, place, y, n_classes, seed):
+    """GatedAttention trained on the first studies, those of y: probabilities of the others.
+    Features [S, L, D] get noise: studies are few, and without it they are learnt by heart."""
     torch.manual_seed(seed)
-    known = x[train][place[train] >= 0]
-    x = (x - known.mean(0)) / (known.std(0) + 1e-6)
-    seen, where = x[train], place[train]
-    net = GatedAttention(x.shape[2], int(y.max()) + 1).to(x.device)
-    train_net(net, lambda i: (torch.normal(seen[i], 0.5), where[i]), y[train], 1e-2, 600, len(seen))
-    return net(x[test], place[test]).detach().softmax(1)
+    seen, where = x[:len(y)], place[:len(y)]
+    known = seen[where >= 0]
+    mean, std = known.mean(0), known.std(0, correction=0) + 1e-6
+    net = GatedAttention(x.shape[2], n_classes).to(x.device)
+
+    def inputs(i):
+        return torch.normal((seen[i] - mean) / std, 0.5), where[i]
+
+    train_net(net, inputs, y, 1e-2, 600, len(seen))
+    return net((x[len(y):] - mean) / std, place[len(y):]).detach().softmax(1)
 
 # ----------------------------------------
 # Scores. "again" is {metric: [1 + R]}: a score; then as it is R times on groups that a bootstrap
 # drew. Draws are the same for all backbones, so that differences are paired.
 
-def confusion(truth, guess, n_classes):
-    """Counts [true class, predicted class]."""
-    return np.bincount(truth * n_classes + guess, minlength=n_classes**2).reshape(n_classes, -1)
+def confusion(truth, guess, n_classes, times=None):
+    """Counts [true class, predicted class]; times: how often each cell counts."""
+    return np.bincount(truth * n_classes + guess, times, n_classes**2).reshape(n_classes, -1)
 
 def scores(counts):
     """Metrics of confusion matrices [..., C, C]; classes that never occur do not count."""
@@ -530,19 +535,20 @@ def scores(counts):
             "macro_f1": np.nanmean(f1, -1), "weighted_f1": np.nansum(f1 * true, -1) / true.sum(-1)}
 
 def bootstrap(n, seed):
-    """How often each of n groups counts, [1 + 1000, n]: once; then as often as in n draws with
-    replacement. (Between seeds an interval's ends move by a few %.)"""
+    """Yields how often each of n groups counts, 1 + 1000 times [n]: once; then as often as in n
+    draws with replacement. (Between seeds an interval's ends move by a few %.)"""
     rng = np.random.default_rng(seed)
-    draws = [np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(1000)]
-    return np.stack([np.ones(n), *draws]).astype(np.float32)
+    yield np.ones(n)
+    for _ in range(1000):
+        yield np.bincount(rng.integers(n, size=n), minlength=n)
 
 def judge(truth, probs, group, seed=0):
-    """A result of predictions [n, C]. Replicates weigh the confusion matrices of the groups."""
-    n_classes, group = probs.shape[1], np.unique(group, return_inverse=True)[1]
-    counts = np.zeros((group.max() + 1, n_classes, n_classes), np.float32)
-    np.add.at(counts, (group, truth, probs.argmax(1)), 1)
-    again = scores(np.tensordot(bootstrap(len(counts), seed), counts, 1).astype(float))
-    return {"cells": len(truth), "confusion": counts.sum(0).astype(int).tolist(), "again": again}
+    """A result of predictions [n, C]."""
+    guess, group = probs.argmax(1), np.unique(group, return_inverse=True)[1]
+    draws = bootstrap(group.max() + 1, seed)
+    counts = np.stack([confusion(truth, guess, probs.shape[1], times[group]) for times in draws])
+    return {"cells": len(truth), "confusion": counts[0].astype(int).tolist(),
+            "again": scores(counts)}
 
 def summary(again):
     """Of "again": {metric: score}, and the ends of their 95% intervals."""
@@ -606,24 +612,33 @@ def measure(x, cells, parts, protocols, seed):
 def measure_studies(x, cells, parts, seed):
     """The same of studies, groups of slices pooled in three ways. Their class: study_label, or all
     labels of their slices."""
-    order = np.lexsort((cells.place, cells.group))
-    of = np.split(order, np.bincount(cells.group).cumsum()[:-1])  # a study's slices
-    label = cells.label if cells.study is None else cells.study
-    truth = np.unique([str(sorted({*label[s]})) for s in of], return_inverse=True)[1]
-    y, n, found = torch.from_numpy(truth).to(x.device), truth.max() + 1, {}
-    place = [torch.from_numpy(cells.place[s] - cells.place[s[0]]).to(x.device) for s in of]
-    place, slices = pad_sequence(place, True, -1), pad_sequence([x[s] for s in of], True)
-    parts = [[np.unique(cells.group[some]) for some in part] for part in parts]
-    for name, pool in (("study: mean", torch.mean), ("study: maximum", torch.amax)):
-        z = torch.stack([pool(x[s], 0) for s in of])
-        found[name] = [tuned_probe(z[a], y[a], z[b], a, n, seed) for a, b in parts]
-    found["study: attention"] = [attend(slices, place, y, a, b, seed) for a, b in parts]
-    return judge_parts(truth, found, np.arange(len(of)), parts, seed)
+    def studies(some):
+        """Of each study its slices among these cells, in order."""
+        some = some[np.lexsort((cells.place[some], cells.group[some]))]
+        return np.split(some, np.flatnonzero(np.diff(cells.group[some])) + 1)
 
-def measure_tuned(backbone, crops, cells, parts, kinds, seed):
-    """The same of a backbone's fine-tuning on crops, by those of `kinds` that it can."""
-    y, results = torch.from_numpy(cells.label), {}
-    for kind in kinds if backbone.state_dict() else ():
+    label = cells.label if cells.study is None else cells.study
+    truth = [str(sorted({*label[s]})) for s in studies(np.arange(len(x)))]
+    truth, found = np.unique(truth, return_inverse=True)[1], {}
+    y, n = torch.from_numpy(truth).to(x.device), truth.max() + 1
+    numbers = [[np.unique(cells.group[some]) for some in part] for part in parts]
+    for part, (a, _) in zip(parts, numbers):
+        seen, asked = map(studies, part)  # slices that have a copy on the other side are not seen
+        for name, pool in (("mean", torch.mean), ("maximum", torch.amax)):
+            z, q = (torch.stack([pool(x[s], 0) for s in of]) for of in (seen, asked))
+            found.setdefault(f"study: {name}", []).append(tuned_probe(z, y[a], q, a, n, seed))
+        place = [np.unique(cells.place[s], return_inverse=True)[1] for s in seen + asked]
+        place = pad_sequence([torch.from_numpy(p).to(x.device) for p in place], True, -1)
+        slices = pad_sequence([x[s] for s in seen + asked], True)
+        probs = attend(slices, place, y[a], n, seed)
+        found.setdefault("study: attention", []).append(probs)
+    return judge_parts(truth, found, np.arange(len(truth)), numbers, seed)
+
+def measure_tuned(backbone, cells, crop, parts, kinds, seed):
+    """The same of a backbone's fine-tuning, by those of `kinds` that it can."""
+    y, results, kinds = torch.from_numpy(cells.label), {}, kinds if backbone.state_dict() else ()
+    crops = torch.cat(list(crops_of(cells, crop, backbone.size))) if kinds else None
+    for kind in kinds:
         if kind != "lora" or hasattr(backbone, "blocks"):
             name, probs = f"fine-tuned, {kind}", []
             for train, test in parts:
@@ -691,17 +706,18 @@ def evaluate(data, weights, protocols=PROTOCOLS, crop=80, out=None, device="auto
         backbones[label] = load_backbone(name, size, device, like, seed, heads)
         like = like or (backbones[label] if hasattr(backbones[label], "blocks") else None)
     cells = read_cells(str(data), drop_labels, window, say)
+    counts = ", ".join(map("{} {}".format, cells.classes, np.bincount(cells.label)))
+    say(f"{len(cells.label)} cells of {len(cells.files)} images: {counts}")
     if "study" in protocols and cells.by == "image":
         raise UserError("--protocols study: column `group` has to say which study a slice is of")
     x = {label: embed(label, backbone, cells, crop, say, features == "cls+mean")
          for label, backbone in backbones.items()}
-    crops = torch.cat(list(crops_of(cells, crop, 224))) if finetune else None  # 19 KB each at 80
     rows, asked = [], {*protocols}
     for split, parts in make_splits(cells, folds, seed, say).items():
         found = {}
         for label, backbone in backbones.items():
             found[label] = measure(x[label].to(backbone.device), cells, parts, asked, seed)
-            found[label] |= measure_tuned(backbone, crops, cells, parts, finetune, seed)
+            found[label] |= measure_tuned(backbone, cells, crop, parts, finetune, seed)
             say(f"{label}: {split}, done")
         rows += rows_of(found, split)
         asked -= {"fewshot"}  # of the first split
@@ -729,7 +745,7 @@ def as_table(results):
         names = list(rows[0]["interval"])
         table = [[", ".join(title), *names, "minus the best"], ["---"] * (len(names) + 2)]
         for row in rows:
-            name = printable(row["weights"]).replace("|", "\\|")
+            name = printable(row["weights"], 1000).replace("|", "\\|")
             name += f" ({row['trained']:,} trained)" if "trained" in row else ""
             line = [text(row) if k == "weighted_f1" else f"{100 * row[k]:.1f}" for k in names]
             gap = row["minus"].get(best)

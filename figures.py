@@ -38,18 +38,19 @@ def figure_of(draw, *given, **options):
 def save(path, draw, *given, log=print):
     """A PNG. One that fails is a line of the log and costs nothing else."""
     try:
-        figure_of(draw, *given).savefig(path, dpi=150)
+        figure_of(draw, *given).savefig(path, dpi=150, bbox_inches="tight")
     except Exception as error:  # whatever a label or a number does to matplotlib
         log(f"{path} is not drawn: {printable(error, 200)}")
 
 def draw_figures(folder, results, features, backbones, cells, seed, log=print):
     """PNGs in `folder`: few-shot curves; of each backbone confusion, a map of cells, a smear."""
     def draw(title, function, *given):
-        name = re.sub(r"\W+", "_", title)[-100:]
+        name = re.sub(r"[^\w.+-]", "_", title)
+        name = name[:20] + name[20:][-100:]  # of a long path its end
         save(os.path.join(folder, f"{name}.png"), function, *given, log=log)
 
     if any("shots" in row for row in results["rows"]):
-        draw("few-shot", few_shot_curves, results["rows"])
+        draw("few_shot", few_shot_curves, results["rows"])
     for label, backbone in backbones.items():
         own = [row for row in results["rows"] if row["weights"] == label and "confusion" in row
                and not row["protocol"].startswith("study")]
@@ -65,12 +66,13 @@ def few_shot_curves(figure, rows):
         own = [row for row in rows if row["weights"] == label]
         low, high = 100 * np.array([row["interval"]["weighted_f1"] for row in own]).T
         n, mean = zip(*((row["shots"], 100 * row["weighted_f1"]) for row in own))
-        axes.semilogx(n, mean, label=printable(label, 40), marker=marker, color=colour)
+        axes.semilogx(n, mean, label=printable(label, 99), marker=marker, color=colour)
         axes.fill_between(n, low, high, alpha=0.15, color=colour)
     axes.minorticks_off()
     axes.set(xticks=ev.SHOTS, xticklabels=ev.SHOTS, xlabel="labelled cells of each class",
              ylabel="weighted F1, %", title=f"Few-shot: mean, 95% of {ev.DRAWS} linear probes")
-    axes.legend()
+    figure.set_size_inches(6.4, 4.8 + 0.2 * len(axes.lines))
+    figure.legend(loc="outside lower left")
 
 def confusion_matrix(figure, row, classes):
     counts, names = np.array(row["confusion"]), [printable(c, 30) for c in classes]
@@ -103,7 +105,9 @@ def maps(figure, label, x, cells, seed):
             axes.scatter(*ways[way][index[some] == i].T, s=12, label=printable(name, 30),
                          marker=marker, color=colour, linewidths=0)
         axes.set(title=f"{printable(label)}: {way}, by {what}", xticks=[], yticks=[])
-        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2)
+        axes.set_aspect("equal", "datalim")
+        columns = math.ceil(len(names) / 25)
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2, ncols=columns)
 
 def principal(x, n):
     """The first n principal components of [N, D], [N, n]."""
@@ -166,7 +170,7 @@ def neighbours(x, query, group, k=8):
     """The k cells of other groups nearest to one, by cosine of features [n, D]."""
     cosine = torch.cosine_similarity(x, x[query:query + 1])
     cosine[torch.from_numpy(group == group[query])] = -2
-    return cosine.topk(k).indices.numpy()
+    return cosine.topk(min(k, int((group != group[query]).sum()))).indices.numpy()
 
 def neighbour_rows(figure, cells, crops, features, seed=0, k=8):
     """Of 5 classes, a sickle if there is one first, a cell drawn at random and, a row for each of

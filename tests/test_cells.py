@@ -148,8 +148,8 @@ def test_cells_that_a_given_split_leaves_out_are_said():
     ((train, test),) = ev.make_splits(cells, 5, 0, said.append)["the given split"]
     assert (len(train), len(test)) == (6, 4)
     assert any("2 cells are neither" in s for s in said)
-    (one,) = [s for s in said if "not in both parts of the split" in s]
-    assert one.startswith("class 'A' is")
+    (one,) = [s for s in said if "never both learnt and tested" in s]
+    assert one.startswith("the given split: class 'A' is")
 
 
 def test_a_file_that_names_no_patient_is_one_of_its_own(tmp_path):
@@ -361,7 +361,23 @@ def test_folds_keep_groups_whole_and_classes_even():
 def test_a_class_in_one_group_is_said():
     cells, said = plain(40, np.arange(40) // 4, (np.arange(40) < 4).astype(int), by="group"), []
     ev.make_splits(cells, 5, 0, said.append)
-    assert any("class 'b' is in one group only" in s for s in said)
+    assert any("class 'b' is never both learnt and tested" in s for s in said)
+
+
+def test_what_a_split_can_t_ask_is_said():
+    """A class of one source, when that is left out; a fold to which nothing is left to learn."""
+    source, label = np.arange(40) % 2, (np.arange(40) // 2) % 2
+    label[:8:2] = 2
+    cells, said = plain(40, label=label, classes="abc", source=source, sources=["A", "B"]), []
+    ev.make_splits(cells, 5, 0, said.append)
+    assert said == ["one source left out: class 'c' is never both learnt and tested"]
+    group = np.arange(40) % 4
+    source = (np.arange(40) == 39).astype(int)  # B's patient was at A, too
+    cells, said = plain(40, group, source=source, sources=["A", "B"]), []
+    splits = ev.make_splits(cells, 2, 0, said.append)
+    assert any("39 cells are not tested: none is left to learn from" in s for s in said)
+    ((train, test),) = splits["one source left out"]
+    assert test.tolist() == [39] and set(group[train]) == {0, 1, 2}
 
 
 def test_chula_is_read():

@@ -167,7 +167,8 @@ def test_bootstrap_draws_groups():
     truth = rng.integers(0, 3, 120)
     group = rng.permutation(np.repeat([3, 5, 7, 11, 20, 21], 20))
     probs = rng.dirichlet(np.ones(3), 120)
-    again, times = ev.judge(truth, probs, group, seed=4)["again"], ev.bootstrap(6, seed=4)
+    again = ev.judge(truth, probs, group, seed=4)["again"]
+    times = np.stack([*ev.bootstrap(6, seed=4)])
     assert times.shape == (1001, 6) and (times.sum(1) == 6).all() and (times[0] == 1).all()
     assert times[1:].mean(0) == pytest.approx(1, abs=0.1)
     assert times[1:].var() == pytest.approx(5 / 6, rel=0.1)  # binomial
@@ -283,6 +284,40 @@ def test_attention_tells_what_pooling_cannot():
     assert list(score) == ["study: mean", "study: maximum", "study: attention"]
     assert max(score["study: mean"], score["study: maximum"]) < 0.65
     assert score["study: attention"] > 0.9 and found["study: attention"]["cells"] == 100
+
+
+def test_places_are_a_studys_own():
+    """In mm, each scan from a start of its own, slices have the order that numbers give them."""
+    x, cells = studies("in order", 60)
+    parts = ev.make_splits(cells, 2, 0)["2 folds by group"][:1]
+    expected = ev.measure(x, cells, parts, ["study"], 0)["study: attention"]["again"]
+    start = np.random.default_rng(0).uniform(-300, 300, 60)[cells.group]
+    for values in (start + 5 * cells.place, 1000 * cells.place + cells.group):
+        cells.place = np.unique(values, return_inverse=True)[1]  # as read_cells does
+        found = ev.measure(x, cells, parts, ["study"], 0)["study: attention"]["again"]
+        np.testing.assert_array_equal(found["accuracy"], expected["accuracy"])
+
+
+def test_a_slice_with_a_copy_on_the_other_side_is_not_learnt_from(monkeypatch):
+    """60 studies on each side; the first slices are copies. Each pool is of what is left."""
+    group, place = np.repeat(np.arange(24), 5), np.tile(np.arange(5), 24)
+    x, image = torch.randn(120, 4), np.arange(120)
+    image[np.arange(60, 120, 5)] = image[np.arange(0, 60, 5)]
+    cells = ev.Cells([], np.arange(120), np.full((120, 2), np.nan), group % 2, ["a", "b"], image,
+                     group, "group", split=np.where(group < 12, "train", "test"), place=place)
+    parts, pooled = ev.make_splits(cells, 5, 0, ev.quiet)["the given split"], []
+    probe = ev.tuned_probe
+
+    def watched(train_x, train_y, test_x, *rest):
+        pooled.append((train_x, test_x))
+        return probe(train_x, train_y, test_x, *rest)
+
+    monkeypatch.setattr(ev, "tuned_probe", watched)
+    ev.measure(x, cells, parts, ["study"], 0)
+    slices = x.view(24, 5, 4)
+    torch.testing.assert_close(pooled[0][0], slices[:12, 1:].mean(1))
+    torch.testing.assert_close(pooled[0][1], slices[12:].mean(1))
+    torch.testing.assert_close(pooled[1][0], slices[:12, 1:].amax(1))
 
 
 def test_pools_are_scikit_learns_and_study_labels_come_first():
@@ -552,6 +587,18 @@ def test_adapters_start_as_nothing_and_end_in_the_weights():
     torch.testing.assert_close(linear(x), x @ weight.T + linear.bias)
     parametrize.remove_parametrizations(linear, "weight")
     torch.testing.assert_close(linear.weight, weight)
+
+
+def test_batch_norm_does_not_learn_where_the_head_alone_does(monkeypatch):
+    get_model = torchvision.models.get_model
+    monkeypatch.setattr(torchvision.models, "get_model", lambda name, weights: get_model(name))
+    backbone = ev.load_backbone("resnet18", size=32, device="cpu")
+    before = {k: v.clone() for k, v in backbone.state_dict().items()}
+    crops = torch.randint(0, 256, (65, 3, 32, 32), dtype=torch.uint8)  # the last batch is of one
+    net = ev.fine_tune(backbone, crops, torch.arange(65) % 2, "head", 2, epochs=1)
+    assert all(torch.equal(v, before[k]) for k, v in net[0].state_dict().items())
+    net = ev.fine_tune(backbone, crops[:64], torch.arange(64) % 2, "full", 2, epochs=1)
+    assert not torch.equal(net[0].bn1.running_mean, before["bn1.running_mean"])
 
 
 def test_a_head_alone_learns_and_nothing_else():
