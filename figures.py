@@ -45,8 +45,7 @@ def save(path, draw, *given, log=print):
 def draw_figures(folder, results, features, backbones, cells, seed, log=print):
     """PNGs in `folder`: few-shot curves; of each backbone confusion, a map of cells, a smear."""
     def draw(title, function, *given):
-        name = re.sub(r"[^\w.+-]", "_", title)
-        name = name[:20] + name[20:][-100:]  # of a long path its end
+        name = re.sub(r"[^\w.+-]", "_", f"{title[:20]}{title[20:][-99:]}")
         save(os.path.join(folder, f"{name}.png"), function, *given, log=log)
 
     if any("shots" in row for row in results["rows"]):
@@ -71,7 +70,6 @@ def few_shot_curves(figure, rows):
     axes.minorticks_off()
     axes.set(xticks=ev.SHOTS, xticklabels=ev.SHOTS, xlabel="labelled cells of each class",
              ylabel="weighted F1, %", title=f"Few-shot: mean, 95% of {ev.DRAWS} linear probes")
-    figure.set_size_inches(6.4, 4.8 + 0.2 * len(axes.lines))
     figure.legend(loc="outside lower left")
 
 def confusion_matrix(figure, row, classes):
@@ -89,8 +87,8 @@ def confusion_matrix(figure, row, classes):
     figure.suptitle(f"{printable(row['weights'])}: {row['protocol']}, {row['split']}", size=10)
 
 def maps(figure, label, x, cells, seed):
-    """Up to 3,000 cells in 2D: PCA, which keeps distances, and where scikit-learn is installed
-    t-SNE, which keeps neighbours; by class and, beside it, by source."""
+    """Up to 3,000 cells in 2D: PCA, which keeps distances; with scikit-learn t-SNE, which keeps
+    neighbours; by class and, beside it, by source."""
     some, by = np.random.default_rng(seed).permutation(len(x))[:3000], {}
     ways, by["class"] = {"PCA": principal(x[some], 2)}, (cells.label, cells.classes)
     if len(some) >= 50 and importlib.util.find_spec("sklearn"):
@@ -106,7 +104,7 @@ def maps(figure, label, x, cells, seed):
                          marker=marker, color=colour, linewidths=0)
         axes.set(title=f"{printable(label)}: {way}, by {what}", xticks=[], yticks=[])
         axes.set_aspect("equal", "datalim")
-        columns = math.ceil(len(names) / 25)
+        columns = len(names) // 26 + 1
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2, ncols=columns)
 
 def principal(x, n):
@@ -116,9 +114,9 @@ def principal(x, n):
 
 @torch.inference_mode()
 def smear(backbone, image, crop=None):
-    """Pictures by name: an image [H, W, 3] (1,024 pixels of it), three principal components of its
-    patch tokens as colours [h, w, 3], the class token's attention in the last block by head [h, w].
-    crop: shrink it as squares of this side are for scores."""
+    """Pictures by name: an image [H, W, 3] (1,024 pixels of it), principal components of its patch
+    tokens as colours [h, w, 3], the class token's attention in the last block by head [h, w]. crop:
+    shrink it as squares of this side are for scores."""
     image, patch, attn = image[:1024, :1024], backbone.patch_size, backbone.blocks[-1].attn
     scale = backbone.size * max(1 / max(crop or 0, backbone.size), 1 / min(image.shape[:2]))
     rows, columns = (int(n * scale) // patch for n in image.shape[:2])
