@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import random
 import signal
+import traceback
 import warnings
 from collections import ChainMap, Counter
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -339,6 +340,8 @@ class Tiles:
                 sizes.append(size)
                 self.files.append(path)
                 last += len(own)
+            if last == first:
+                self.notes.append(f"no {unit} found in {folder!r}")
             self.sources.append((first, last))
             first = last
         if len(self.skipped) > len(self.files):
@@ -388,23 +391,26 @@ class Tiles:
         self.kept[number] = image  # now the youngest
         return (image[top:top + side, left:left + side] if side else image).copy()
 
-    def at_once(self, ids=slice(None)):
-        """How many of these images (all) are drawn from at a time: all, if KEEP holds them."""
-        size = np.sort(self.sizes[ids].prod(1)) * (4 if self.raw else 3)  # bytes
+    def at_once(self):
+        """How many images are drawn from at a time: all, if KEEP holds them decoded."""
+        size = np.sort(self.sizes.prod(1)) * (4 if self.raw else 3)  # bytes
         return len(size) if size.sum() <= KEEP else max((size.cumsum() <= KEEP / 2).sum(), 1)
 
-    def shuffled(self, first, last, rng, mix=0, batch=1):
+    def shuffled(self, first, last, rng, mix=0, batch=1, pools=1):
         """Tiles first..last-1 in random order, of as many images at a time as fill half of KEEP:
         each is decoded once an epoch, not once a tile (at 2560 x 1920 82% of loading, now 4%). mix:
-        of at most so many; of 1 come `batch` tiles in a row, repeated if it has fewer."""
+        of at most so many; of 1 come `batch` tiles in a row, repeated if it has fewer. pools: how
+        many of these orders take turns, and share what is kept."""
         ids, image = np.unique(self.image[first:last], return_inverse=True)
         if mix == 1:
             own = np.split(np.arange(last - first), np.bincount(image).cumsum()[:-1])
             own = [rng.permutation(own[k]) for k in rng.permutation(len(ids))]
             own = [np.resize(tiles, max(len(tiles) // batch, 1) * batch) for tiles in own]
             return first + np.concatenate(own)
-        at_once = min(mix or len(ids), self.at_once(ids))
-        if at_once == len(ids):
+        at_once = self.at_once()
+        if mix or at_once < len(self.files):
+            at_once = max(min(mix or at_once, at_once) // pools, 1)
+        if at_once >= len(ids):
             return first + rng.permutation(last - first)
         place = rng.permutation(len(ids))[image] + rng.random(last - first) * at_once
         return first + np.argsort(place % len(ids))  # %: the last images' begin the epoch
@@ -687,15 +693,17 @@ class Batches:
     def order(self, pool, epoch):
         """The tiles of a pool as they come in an epoch."""
         rng = np.random.default_rng((self.cfg.seed, epoch, pool, 1))  # 1: a stream of its own
-        return self.tiles.shuffled(*self.pools[pool], rng, self.cfg.mix, self.cfg.batch_size)
+        return self.tiles.shuffled(*self.pools[pool], rng, self.cfg.mix, self.cfg.batch_size,
+                                   len(self.pools))
 
     def draws(self, step):
         """Yields this process's samples of a step, each as epoch, tile, mask ratios."""
         size = self.cfg.batch_size
         ratios = mask_ratios(self.cfg.seed, step, size * GLOBAL_VIEWS).reshape(size, GLOBAL_VIEWS)
         for sample in range(step * size, (step + 1) * size)[self.rank::self.world]:
-            turn, pool = divmod(sample, len(self.pools))
-            epoch, place = divmod(turn, len(self.orders[pool][1]))
+            row = size if self.cfg.mix == 1 else 1  # samples that a folder gives in a row
+            turn, pool = divmod(sample // row, len(self.pools))
+            epoch, place = divmod(turn * row + sample % row, len(self.orders[pool][1]))
             if self.orders[pool][0] != epoch:
                 self.orders[pool] = epoch, self.order(pool, epoch)
             tile = int(self.orders[pool][1][place])
@@ -745,6 +753,7 @@ def work(of_step, steps, end, pipes):
     except BrokenPipeError:
         return
     except Exception as error:
+        error.add_note(traceback.format_exc())  # which pickling would lose
         end.send(error)
 
 LOADER_TIMEOUT = 300  # seconds without a batch

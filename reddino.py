@@ -30,11 +30,12 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import zipfile
 import zlib
 from collections import OrderedDict, deque
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -604,6 +605,12 @@ def train(cfg, monitor=None):
         except (UserError, BrokenPipeError, SystemExit):  # data end, nobody reads the log, a signal
             save(run)
             raise
+        except OSError:  # a full disk
+            raise
+        except Exception:  # a bug in a monitor or a transform, no memory, a process that is gone
+            with suppress(Exception):  # the first error is the one to be told
+                save(run)
+            raise
         weights = run.out / "backbone.pth"
         if run.rank == 0:
             write_aside(weights, run.model.teacher["backbone"].state_dict())
@@ -613,7 +620,6 @@ def train(cfg, monitor=None):
 def train_steps(cfg, run, monitor):
     """Until cfg.iters steps are done. Raises as train."""
     model, optimizer, scaler = run.model, run.optimizer, run.scaler
-    bad_in_a_row = 0
     while run.step < cfg.iters:
         # of augment.Batches: uint8 [B, G, 3, S, S] and [B, L, 3, s, s], bool [B, G, N]
         *views_and_masks, tile_numbers = next_batch(run)
@@ -635,23 +641,26 @@ def train_steps(cfg, run, monitor):
             scaler.step(optimizer)
             model.update_teacher(now["momentum"], seen["means"])
             run.last.extend(seen["cls"])
-            bad_in_a_row = 0
+            run.bad_in_a_row = 0
         else:
             files = sorted({repr(run.tiles.file_of(i)) for i in tile_numbers})
             print(f"process {run.rank}: step {run.step} skipped, a loss or gradient is not finite; "
                   f"files: {', '.join(files)}", flush=True)
             if scaler.get_scale() <= 1 or not math.isfinite(numbers["loss"]):
-                bad_in_a_row += 1  # else float16 looks for its scale
+                run.bad_in_a_row += 1  # else float16 looks for its scale
         scaler.update()
 
         # --- write down
         run.step += 1
-        end = stop or bad_in_a_row == 3 or run.step == cfg.iters
+        end = stop or run.bad_in_a_row == 3 or run.step == cfg.iters
         keep = run.step % cfg.save_every == 0 or end
-        if monitor and keep and finite and not stop:
-            numbers |= monitor(model.teacher["backbone"], run.device)
-        write_down(run, now, numbers, finite, tell=run.step % cfg.log_every == 0 or end)
-        if bad_in_a_row == 3:
+        try:
+            if monitor and keep and finite and not stop:
+                found = monitor(model.teacher["backbone"], run.device)
+                numbers |= {name: float(value) for name, value in found.items()}
+        finally:
+            write_down(run, now, numbers, finite, tell=run.step % cfg.log_every == 0 or end)
+        if run.bad_in_a_row == 3:
             raise UserError("three steps in a row were not finite, and count for nothing: look at "
                             "these files, lower --lr, try --dtype float32")
         if stop:
@@ -675,10 +684,12 @@ def set_up(cfg, at_end):
     if cfg.batch_size % (run.world * cfg.accumulate):
         raise UserError(f"--batch-size {cfg.batch_size}: choose a multiple of {run.world} "
                         f"processes x --accumulate {cfg.accumulate}")
+    run.out.mkdir(parents=True, exist_ok=True)  # on each machine
     if run.rank == 0:  # filelock.Timeout: another run writes there
-        run.out.mkdir(parents=True, exist_ok=True)
         at_end.enter_context(FileLock(run.out / "lock", timeout=0))
     run.tiles, checksum = find_tiles(cfg)
+    if cfg.koleo and cfg.batch_size == run.world * cfg.accumulate:
+        run.tiles.notes.append("--koleo does nothing: micro-batches are of one image")
     say(run, f"{cfg.arch} on {len(run.tiles)} {cfg.unit} of {len(run.tiles.files)} images; "
              f"{run.world} x {run.device.type}, {dtype}", *run.tiles.notes)
     run.floats = torch.promote_types(dtype, torch.float32)  # of parameters
@@ -705,7 +716,7 @@ def set_up(cfg, at_end):
     run.log = open_metrics(run) if run.rank == 0 else open(os.devnull, "w")
     run.last = deque(maxlen=1024)  # class tokens [G, D] of as many images
     run.caught = catch_signals(at_end)
-    run.first, run.since, run.waited = run.step, time.monotonic(), 0.0
+    run.first, run.since, run.waited, run.bad_in_a_row = run.step, time.monotonic(), 0.0, 0
     return run
 
 def next_batch(run):
@@ -740,7 +751,7 @@ def write_down(run, now, numbers, finite, tell):
 
 def save(run):
     """OUT/checkpoint.pth; the one before becomes previous.pth."""
-    if run.rank > 0 or run.step == 0:
+    if run.rank > 0 or run.step - run.first == run.bad_in_a_row:  # no step of it counts
         return
     os.fsync(run.log.fileno())
     config = {name: v for name, v in vars(run.cfg).items() if name not in MAY_CHANGE}
@@ -870,8 +881,8 @@ HUB = "https://dl.fbaipublicfiles.com/dinov2"
 DINOV2 = [f"dinov2_vit{size}14{registers}" for size in "sblg" for registers in ("", "_reg")]
 # Attention heads by width: weights don't show their number.
 HEADS = {192: 3, 1280: 16} | {arch["embed_dim"]: arch["heads"] for arch in ARCHS.values()}
-PLAIN = [argparse.Namespace, np.dtype, np.dtypes.Float64DType, np.dtypes.Int64DType,
-         np._core.multiarray.scalar]  # what DINO's and others' files hold, too
+PLAIN = [argparse.Namespace, np.dtype, np._core.multiarray.scalar,  # others' files hold them, too
+         *(getattr(np.dtypes, name) for name in np.dtypes.__all__)]
 
 def load_file(name):
     """The dict in a .pth or .safetensors file; name: its path, one of DINOV2, hf_hub:OWNER/NAME.
@@ -977,9 +988,9 @@ def cores():
 def choose_device(cfg):
     """Device and dtype of products."""
     local = int(os.environ.get("LOCAL_RANK", 0))
-    there = dict(cuda=local < torch.cuda.device_count(), mps=torch.mps.device_count() > 0, cpu=True)
+    there = dict(cuda=torch.cuda.device_count() > 0, mps=torch.mps.device_count() > 0, cpu=True)
     name = max(there, key=there.get) if cfg.device == "auto" else cfg.device  # the first there
-    if not there[name]:
+    if not there[name] or (name == "cuda" and local >= torch.cuda.device_count()):
         raise UserError(f"--device {name}: PyTorch finds none (for each process)")
     fast, other = torch.cpu._is_avx512_bf16_supported(), "float32"
     fast = fast or torch.cpu._is_amx_tile_supported()
@@ -1000,7 +1011,8 @@ def start_processes(device):
         from torch.distributed.nn import functional  # noqa: F401  (later it would hold the group)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=10))
-    return int(os.environ.get("RANK", 0)), world
+    rank = int(os.environ.get("RANK", 0)) if world > 1 else 0
+    return rank, world
 
 def leave_processes():
     """Ends gloo's threads: one at work when Python goes would abort its process."""
@@ -1011,8 +1023,11 @@ def leave_processes():
 def catch_signals(at_end):
     """A list of the signals that came: none of them ends the process at once any more."""
     caught = []
+    if threading.current_thread() is not threading.main_thread():  # which alone can catch them
+        return caught
     for which in signal.Signals:
-        if which.name in ("SIGTERM", "SIGINT", "SIGHUP"):
+        ignored = which.name == "SIGHUP" and signal.getsignal(which) == signal.SIG_IGN  # by nohup
+        if which.name in ("SIGTERM", "SIGINT", "SIGHUP") and not ignored:
             before = signal.signal(which, lambda which, _: caught.append(which))
             at_end.callback(signal.signal, which, before)
     return caught
@@ -1029,7 +1044,7 @@ def configure(**given):
     cfg = Config(**(preset | given))
     for field in dataclasses.fields(Config):
         values, allowed, flag = getattr(cfg, field.name), field.metadata, flag_of(field.name)
-        values = values if isinstance(values, list) else [values]
+        values = list(values) if isinstance(values, list | tuple) else [values]
         if isinstance(allowed["default"], list):
             setattr(cfg, field.name, values)  # one will do, in Python too
         for value in values:
@@ -1065,7 +1080,8 @@ def parse_args(argv):
 
 def main(argv=None):
     """One line and exit code 2 for what the user can mend; 128 + signal after a signal."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # for names that are not UTF-8
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has none
+        sys.stdout.reconfigure(errors="backslashreplace")  # for names that are not UTF-8
     try:
         cfg = parse_args(argv)
         if not cfg.data:

@@ -244,6 +244,20 @@ def test_values_without_a_sign_need_a_window(tmp_path):
     assert len(Tiles([str(tmp_path)], window=(1064, 400), raw=True)) == 2
 
 
+def test_an_error_in_a_loading_process_says_where_it_was(tmp_path, monkeypatch):
+    def my_transform(*given):
+        raise ValueError("a bug of mine")
+
+    monkeypatch.setattr(MultiCrop, "__call__", my_transform)
+    Image.fromarray(picture(60, 60)).save(tmp_path / "a.png")
+    more = dict(batch_size=1, iters=1, tile_size=0)
+    cfg = reddino.configure(arch="nano", data=str(tmp_path), **more)
+    with pytest.raises(ValueError, match="a bug of mine") as error:
+        for _ in augment.batches(cfg, reddino.find_tiles(cfg)[0], 0, 8, 0, 1, 1, False):
+            pass
+    assert "in my_transform" in "".join(error.value.__notes__)
+
+
 def test_what_is_no_number_is_the_lowest(tmp_path):
     np.save(tmp_path / "x.npy", np.array([[-1000, np.nan, 50], [np.inf, -np.inf, 1e300]]))
     assert read_image(str(tmp_path / "x.npy"), raw=True).tolist() == [
@@ -538,6 +552,36 @@ def test_a_batch_mixes_so_many_smears(tmp_path, mix):
             assert (counts == 1).all() and len(set.union(*images)) == 20
         else:
             assert 1.5 < counts.mean() <= 5.5
+
+
+@pytest.mark.parametrize("mix", [1, 4])
+def test_folders_that_take_turns_share_what_is_mixed(tmp_path, mix):
+    folders = [tmp_path / name for name in "abcd"]
+    for folder in folders:
+        folder.mkdir()
+        for k in range(6):
+            Image.fromarray(picture(60, 60, k)).save(folder / f"{k}.png")  # 9 tiles
+    tiles = Tiles([str(folder) for folder in folders], 20)
+    draws = drawn(tiles, 40, batch_size=16, mix=mix, balance=True)
+    images = [{tiles.file_of(i) for _, i, _ in batch} for batch in draws]
+    if mix == 1:
+        assert all(len(of) == 1 for of in images)
+        first = [os.path.dirname(of.pop()) for of in images]
+        assert first == 10 * [str(folder) for folder in folders]
+    else:
+        assert 4 <= np.mean([len(of) for of in images]) < 8  # two of each: one ends, one begins
+
+
+def test_a_folder_in_which_nothing_is_found_is_said(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    smear = np.full((120, 120, 3), 220, np.uint8)
+    Image.fromarray(smear).save(tmp_path / "a" / "empty.png")
+    y, x = np.ogrid[:120, :120]
+    smear[(y - 60) ** 2 + (x - 60) ** 2 < 400] = 120
+    Image.fromarray(smear).save(tmp_path / "b" / "0.png")
+    tiles = Tiles([str(tmp_path / "a"), str(tmp_path / "b")], 56, unit="cells")
+    assert len(tiles) == 1 and tiles.notes == [f"no cells found in {str(tmp_path / 'a')!r}"]
 
 
 def test_an_epoch_of_one_smear_a_batch_holds_nearly_all(tmp_path):

@@ -1,7 +1,9 @@
 """reddino.py, the loop: resume, signals, full disks, bad files, bad numbers, several processes."""
 
+import contextlib
 import errno
 import functools
+import io
 import itertools
 import json
 import math
@@ -11,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -484,17 +487,65 @@ def test_metrics_with_strange_lines_keep_their_steps(images, whole, tmp_path, mo
     assert_same_run(out, whole)
 
 
+def test_a_bug_in_a_monitor_loses_no_step(images, whole, tmp_path):
+    def monitor(backbone, device):
+        if len(losses(tmp_path)) == 5:
+            raise ValueError("a bug of mine")
+        return {"mine": np.float32(0.5), "more": torch.tensor(2)}
+
+    with pytest.raises(ValueError, match="a bug of mine"):
+        go(images, tmp_path, monitor)
+    assert checkpoint(tmp_path)["step"] == len(losses(tmp_path)) == 6
+    assert [(s["mine"], s["more"]) for s in metrics(tmp_path) if "mine" in s] == [(0.5, 2)]
+    go(images, tmp_path)
+    assert_same_run(tmp_path, whole)
+
+
+def test_from_python(images, tmp_path, monkeypatch):
+    """In a thread, as in a server; without a stream that has settings, as in a notebook; with
+    tuples and numpy's numbers; with a RANK that some other program left behind."""
+    monkeypatch.setenv("RANK", "1")
+    more = {"iters": 2, "tile_size": (48, 32), "seed": np.int32(3)}
+    thread = threading.Thread(target=go, args=(images, tmp_path / "thread"), kwargs=more)
+    thread.start()
+    thread.join()
+    assert len(losses(tmp_path / "thread")) == 2
+    go(images, tmp_path / "thread", **more | {"iters": 3})
+    assert len(losses(tmp_path / "thread")) == 3
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        reddino.main(line(options(images, tmp_path / "main", iters=1)))
+    assert "done: " in said.getvalue()
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no SIGHUP here")
 def test_a_closed_terminal_and_a_closed_pipe_save(images, tmp_path):
     given = options(images, tmp_path / "hup", iters=10**6, save_every=10**6)
     command = [sys.executable, "-c", SMALL + "reddino.main()"]
-    run = subprocess.Popen([*command, *line(given)], env=ENVIRONMENT, stdout=subprocess.PIPE)
+    run = subprocess.Popen(
+        [*command, *line(given)],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+    )
     run.stdout.readline()
     run.stdout.readline()
     run.send_signal(signal.SIGHUP)
     run.stdout.read()
     assert run.wait(60) == 128 + signal.SIGHUP
     assert checkpoint(tmp_path / "hup")["step"] == len(losses(tmp_path / "hup")) > 0
+
+    given = options(images, tmp_path / "nohup", iters=30)
+    run = subprocess.Popen(
+        [*command, *line(given)],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+    )
+    run.stdout.readline()
+    run.stdout.readline()
+    run.send_signal(signal.SIGHUP)
+    run.stdout.read()
+    assert run.wait(60) == 0 and len(losses(tmp_path / "nohup")) == 30
 
     given = options(images, tmp_path / "pipe", iters=10**6, save_every=10**6)
     run = subprocess.Popen(
@@ -594,6 +645,9 @@ def test_three_in_a_row_stop_the_run(images, tmp_path, monkeypatch, capsys):
         monkeypatch, lambda n, model, found: plant("loss", found, model) if n >= 4 else found
     )
     assert "three" in main(capsys, options(images, tmp_path))
+    good = checkpoint(tmp_path, "previous.pth")
+    assert "three" in main(capsys, options(images, tmp_path))  # saves nothing new over the good
+    assert_same(checkpoint(tmp_path, "previous.pth"), good)
     saved = checkpoint(tmp_path)
     assert saved["step"] == 7
     assert all(
