@@ -1112,15 +1112,23 @@ def in_words(error):
         return "not enough memory: more --accumulate, or --checkpoint-activations"
     if isinstance(error, UserError | OSError):
         return text
-    if dist.is_initialized() and re.search("(?i)time|connect|peer", text):  # who is missing?
-        try:
-            dist.monitored_barrier(timeout=timedelta(seconds=15), wait_all_ranks=True)
-            return "an exchange between processes failed; start again"
-        except (RuntimeError, ValueError) as missing:
-            return f"a process does not answer: {' '.join(str(missing).split())}"
+    if dist.is_initialized() and re.search("(?i)time|connect|peer", text):
+        return f"an exchange between processes failed{who_is_missing()}; start again"
     if isinstance(error, dist.DistError):  # a port in use
         return text
     raise error
+
+def who_is_missing():
+    """Which processes don't tell torchrun's store, within 15 seconds, that they are there."""
+    with suppress(RuntimeError):  # of a store that is gone
+        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(*place, timeout=timedelta(seconds=15))
+        store.set(f"alive {dist.get_rank()}", "")
+        time.sleep(15)
+        ranks = range(dist.get_world_size())
+        missing = [str(rank) for rank in ranks if not store.check([f"alive {rank}"])]
+        return f": process {', '.join(missing)} does not answer" if missing else ""
+    return ""
 
 if __name__ == "__main__":
     sys.modules["reddino"] = sys.modules["__main__"]  # eval.py shall see these classes, not copies

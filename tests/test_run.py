@@ -1006,6 +1006,40 @@ def test_one_processs_failure_ends_all(images, tmp_path):
     assert "planted in process 1" in run.stderr
 
 
+def test_a_stopped_process_is_named(images, tmp_path):
+    """By the other, after a time limit (10 minutes, here seconds) and a checkpoint."""
+    given = options(images, tmp_path / "out", iters=100, save_every=100)
+    script = """
+from datetime import timedelta
+import os, signal, sys
+reddino.timedelta = lambda **given: timedelta(seconds=6)
+reddino.time.sleep = lambda seconds, sleep=reddino.time.sleep: sleep(min(seconds, 2))
+step = reddino.train_step
+def stopped(run, *given):
+    if run.rank == 1 and run.step == 3:
+        open("pid", "w").write(str(os.getpid()))
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return step(run, *given)
+reddino.train_step = stopped
+reddino.main(sys.argv[1:])
+"""
+    (tmp_path / "driver.py").write_text(SMALL + script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    run = subprocess.Popen(
+        [*command, "driver.py", *line(given)],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    said = next(text for text in run.stderr if "reddino.py: error" in text)
+    os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)  # torchrun would wait 30 seconds
+    run.stderr.read()
+    assert said.endswith("failed: process 1 does not answer; start again\n") and run.wait(60)
+    assert checkpoint(tmp_path / "out")["step"] == 3
+
+
 def test_a_batch_that_the_processes_can_t_share(images, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setattr(reddino, "start_processes", lambda *_: (0, 3))
