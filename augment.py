@@ -50,7 +50,8 @@ class BadImage(Exception):
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".npy", ".dcm")
 MAX_PIXELS = 40_000_000  # 6,324 x 6,324; reading one takes up to 0.9 GiB
 TOO_LARGE = f"""too large: over {MAX_PIXELS:,} pixels; cut it, e.g. python -c "import cv2; i =
-cv2.imread('FILE'); [cv2.imwrite(f'{{y}}.png', i[y:y+999]) for y in range(0, len(i), 999)]" """
+cv2.imread('FILE'); [cv2.imwrite(f'{{y}}_{{x}}.png', i[y:y+4096, x:x+4096]) for y in range(0,
+len(i), 4096) for x in range(0, len(i[0]), 4096)]" """
 
 def in_threads(function, files):
     """[function(file), ...], 16 at a time, which mostly wait for the disk or the network. Some at a
@@ -201,12 +202,13 @@ def picture_reader(stream):
         raise ValueError("a JPEG of too many scans: save it anew")  # 2,000 take minutes
     deep = np.max(tags.get(258, 8)) > 8 or ";16" in str(im.tile)
     white_is_0 = deep and tags.get(262) == 0  # at 8 bits PIL inverts
-    sizes = [page.size for page in ImageSequence.Iterator(im)] if tags else [()]
+    pages = [(page.size, page.mode) for page in ImageSequence.Iterator(im)] if tags else []
     im.seek(0)
-    if sizes.count(sizes[0]) > 1:  # others are smaller copies
+    if sum(size == im.size for size, _ in pages) > 1:  # others are smaller copies
         depth = "slices=" in str(tags.get(270))  # as ImageJ says
-        if depth or im.mode[0] not in "LIF" or sizes != 3 * [im.size]:
-            raise ValueError(f"{len(sizes)} pages: save each as a file of its own")
+        grey = im.mode == "L" or im.mode[0] in "IF"
+        if depth or not grey or pages != 3 * [(im.size, im.mode)]:
+            raise ValueError(f"{len(pages)} pages: save each as a file of its own")
         yield np.dstack(ImageSequence.all_frames(im, np.array)), white_is_0  # R, G, B, as OME's
     im.load()  # an error where it is cut short
     if deep and len(im.getbands()) > 1:
@@ -399,8 +401,8 @@ class Tiles:
     def shuffled(self, first, last, rng, mix=0, batch=1, pools=1):
         """Tiles first..last-1 in random order, of as many images at a time as fill half of KEEP:
         each is decoded once an epoch, not once a tile (at 2560 x 1920 82% of loading, now 4%). mix:
-        of at most so many; of 1 come `batch` tiles in a row, repeated if it has fewer. pools: how
-        many of these orders take turns, and share what is kept."""
+        of at most so many, one a pool at least; of 1 come `batch` tiles in a row, repeated if there
+        are fewer. pools: how many of these orders take turns, and share what is kept."""
         ids, image = np.unique(self.image[first:last], return_inverse=True)
         if mix == 1:
             own = np.split(np.arange(last - first), np.bincount(image).cumsum()[:-1])

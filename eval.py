@@ -100,7 +100,7 @@ def csv_rows(path, log):
     if corner or missing or any(names.count(name) > 1 for name in COLUMNS):
         raise UserError(f"{path} has the columns {', '.join(names)}. It needs, between commas and "
                         "once: image, label; of cells in images also x, y (the centre; without "
-                        "width, height) or xmin, xmax, ymin, ymax")
+                        "width, height or box) or xmin, xmax, ymin, ymax")
     if unused := [name for name in names if name not in COLUMNS]:
         log(f"{path}: columns not used: {', '.join(unused)}")
     rows = []
@@ -635,7 +635,7 @@ def measure_studies(x, cells, parts, seed):
     return judge_parts(truth, found, np.arange(len(truth)), numbers, seed)
 
 def measure_tuned(backbone, cells, crop, parts, kinds, seed):
-    """The same of a backbone's fine-tuning, by those of `kinds` that it can."""
+    """The same of a backbone's fine-tuning, by those of `kinds` that it can; reads the images."""
     y, results, kinds = torch.from_numpy(cells.label), {}, kinds if backbone.state_dict() else ()
     crops = torch.cat(list(crops_of(cells, crop, backbone.size))) if kinds else None
     for kind in kinds:

@@ -45,7 +45,7 @@ def save(path, draw, *given, log=print):
 def draw_figures(folder, results, features, backbones, cells, seed, log=print):
     """PNGs in `folder`: few-shot curves; of each backbone confusion, a map of cells, a smear."""
     def draw(title, function, *given):
-        name = re.sub(r"[^\w.+-]", "_", f"{title[:20]}{title[20:][-99:]}")
+        name = re.sub(r"[^\w.+-]", "_", f"{title[:20]}{title[20:][-99:]}")  # of a path its end
         save(os.path.join(folder, f"{name}.png"), function, *given, log=log)
 
     if any("shots" in row for row in results["rows"]):

@@ -605,11 +605,13 @@ def train(cfg, monitor=None):
         except (UserError, BrokenPipeError, SystemExit):  # data end, nobody reads the log, a signal
             save(run)
             raise
-        except OSError:  # a full disk
+        except OSError:  # a full disk: the last checkpoint stands
             raise
         except Exception:  # a bug in a monitor or a transform, no memory, a process that is gone
             with suppress(Exception):  # the first error is the one to be told
                 save(run)
+            if run.caught:  # others may have gone before this one looked
+                raise SystemExit(128 + run.caught[0]) from None
             raise
         weights = run.out / "backbone.pth"
         if run.rank == 0:
@@ -987,7 +989,8 @@ def cores():
 
 def choose_device(cfg):
     """Device and dtype of products."""
-    local = int(os.environ.get("LOCAL_RANK", 0))
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    local = int(os.environ.get("LOCAL_RANK", 0)) if several else 0
     there = dict(cuda=torch.cuda.device_count() > 0, mps=torch.mps.device_count() > 0, cpu=True)
     name = max(there, key=there.get) if cfg.device == "auto" else cfg.device  # the first there
     if not there[name] or (name == "cuda" and local >= torch.cuda.device_count()):
@@ -1112,7 +1115,7 @@ def in_words(error):
         return "not enough memory: more --accumulate, or --checkpoint-activations"
     if isinstance(error, UserError | OSError):
         return text
-    if dist.is_initialized() and re.search("(?i)time|connect|peer", text):
+    if dist.is_initialized() and re.search(r"(?i)\btime|connect|peer", text):
         return f"an exchange between processes failed{who_is_missing()}; start again"
     if isinstance(error, dist.DistError):  # a port in use
         return text
@@ -1122,12 +1125,13 @@ def who_is_missing():
     """Which processes don't tell torchrun's store, within 15 seconds, that they are there."""
     with suppress(RuntimeError):  # of a store that is gone
         place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(*place, timeout=timedelta(seconds=15))
+        store = dist.TCPStore(*place, timeout=timedelta(seconds=2))
         store.set(f"alive {dist.get_rank()}", "")
-        time.sleep(15)
-        ranks = range(dist.get_world_size())
-        missing = [str(rank) for rank in ranks if not store.check([f"alive {rank}"])]
-        return f": process {', '.join(missing)} does not answer" if missing else ""
+        missing = list(range(dist.get_world_size()))
+        for _ in range(15):
+            time.sleep(1)
+            missing = [rank for rank in missing if not store.check([f"alive {rank}"])]
+        return f": process {', '.join(map(str, missing))} does not answer" if missing else ""
     return ""
 
 if __name__ == "__main__":

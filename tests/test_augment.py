@@ -1467,7 +1467,9 @@ def test_three_grey_pages_are_three_colours(tmp_path):
 def test_pages_that_are_no_colours_are_not_left_out_silently(tmp_path):
     pages, path = [Image.fromarray(picture(40, 40, seed)) for seed in range(3)], tmp_path / "x.tif"
     grey, slices = [page.convert("L") for page in pages], {270: "ImageJ=1.54\nimages=3\nslices=3"}
-    for many, more in ((pages, {}), (grey[:2], {}), (grey + grey, {}), (grey, slices)):
+    mixed, alpha = [grey[0], *pages[1:]], [page.convert("LA") for page in pages]
+    cases = [(many, {}) for many in (pages, grey[:2], grey + grey, mixed, alpha)]
+    for many, more in [*cases, (grey, slices)]:
         many[0].save(path, save_all=True, append_images=many[1:], tiffinfo=more)
         with pytest.raises(BadImage, match=f"{len(many)} pages: save each"):
             read_image(path)

@@ -505,6 +505,7 @@ def test_from_python(images, tmp_path, monkeypatch):
     """In a thread, as in a server; without a stream that has settings, as in a notebook; with
     tuples and numpy's numbers; with a RANK that some other program left behind."""
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     more = {"iters": 2, "tile_size": (48, 32), "seed": np.int32(3)}
     thread = threading.Thread(target=go, args=(images, tmp_path / "thread"), kwargs=more)
     thread.start()
@@ -1013,7 +1014,7 @@ def test_a_stopped_process_is_named(images, tmp_path):
 from datetime import timedelta
 import os, signal, sys
 reddino.timedelta = lambda **given: timedelta(seconds=6)
-reddino.time.sleep = lambda seconds, sleep=reddino.time.sleep: sleep(min(seconds, 2))
+reddino.time.sleep = lambda seconds, sleep=reddino.time.sleep: sleep(seconds / 8)
 step = reddino.train_step
 def stopped(run, *given):
     if run.rank == 1 and run.step == 3:
