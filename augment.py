@@ -354,6 +354,9 @@ class Tiles:
         self.squares = np.concatenate(squares)  # side, top, left in the image of this number:
         self.image = np.repeat(np.arange(len(squares)), [len(own) for own in squares])
         self.kept, self.bytes = {}, 0  # decoded, the oldest first
+        size = np.sort(self.sizes.prod(1)) * (4 if raw else 3)  # bytes
+        most = len(size) if size.sum() <= KEEP else max((size.cumsum() <= KEEP / 2).sum(), 1)
+        self.at_once = int(most)  # how many images are drawn from at a time
 
     def look(self, path):
         """(height, width) of an image and [n, 3]: side, top, left of its tiles; or its BadImage."""
@@ -393,11 +396,6 @@ class Tiles:
         self.kept[number] = image  # now the youngest
         return (image[top:top + side, left:left + side] if side else image).copy()
 
-    def at_once(self):
-        """How many images are drawn from at a time: all, if KEEP holds them decoded."""
-        size = np.sort(self.sizes.prod(1)) * (4 if self.raw else 3)  # bytes
-        return len(size) if size.sum() <= KEEP else max((size.cumsum() <= KEEP / 2).sum(), 1)
-
     def shuffled(self, first, last, rng, mix=0, batch=1, pools=1):
         """Tiles first..last-1 in random order, of as many images at a time as fill half of KEEP:
         each is decoded once an epoch, not once a tile (at 2560 x 1920 82% of loading, now 4%). mix:
@@ -409,7 +407,7 @@ class Tiles:
             own = [rng.permutation(own[k]) for k in rng.permutation(len(ids))]
             own = [np.resize(tiles, max(len(tiles) // batch, 1) * batch) for tiles in own]
             return first + np.concatenate(own)
-        at_once = self.at_once()
+        at_once = self.at_once
         if mix or at_once < len(self.files):
             at_once = max(min(mix or at_once, at_once) // pools, 1)
         if at_once >= len(ids):

@@ -804,8 +804,8 @@ def find_tiles(cfg):
     if len(tiles) < cfg.batch_size:
         raise UserError(f"--data: {len(tiles)} {cfg.unit} are fewer than --batch-size "
                         f"{cfg.batch_size}")
-    if tiles.at_once() < len(tiles.files) and not cfg.mix:
-        tiles.notes.append(f"batches come from {tiles.at_once()} images at a time, as no more are "
+    if tiles.at_once < len(tiles.files) and not cfg.mix:
+        tiles.notes.append(f"batches come from {tiles.at_once} images at a time, as no more are "
                            "kept decoded; cut large images into several, or see augment.KEEP")
     names = [os.path.basename(path) for path in tiles.files], tiles.sizes.tolist(), len(tiles)
     return tiles, zlib.crc32(repr(names).encode())
@@ -987,10 +987,13 @@ def cores():
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(count // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
 
+def number_of(name):
+    """RANK or LOCAL_RANK, as torchrun sets them; of a single process 0, whatever is left there."""
+    return int(os.environ.get(name, 0)) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0
+
 def choose_device(cfg):
     """Device and dtype of products."""
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    local = int(os.environ.get("LOCAL_RANK", 0)) if several else 0
+    local = number_of("LOCAL_RANK")
     there = dict(cuda=torch.cuda.device_count() > 0, mps=torch.mps.device_count() > 0, cpu=True)
     name = max(there, key=there.get) if cfg.device == "auto" else cfg.device  # the first there
     if not there[name] or (name == "cuda" and local >= torch.cuda.device_count()):
@@ -1014,8 +1017,7 @@ def start_processes(device):
         from torch.distributed.nn import functional  # noqa: F401  (later it would hold the group)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=10))
-    rank = int(os.environ.get("RANK", 0)) if world > 1 else 0
-    return rank, world
+    return number_of("RANK"), world
 
 def leave_processes():
     """Ends gloo's threads: one at work when Python goes would abort its process."""
@@ -1129,9 +1131,11 @@ def who_is_missing():
         store.set(f"alive {dist.get_rank()}", "")
         missing = list(range(dist.get_world_size()))
         for _ in range(15):
-            time.sleep(1)
             missing = [rank for rank in missing if not store.check([f"alive {rank}"])]
-        return f": process {', '.join(map(str, missing))} does not answer" if missing else ""
+            if not missing:
+                return ""
+            time.sleep(1)
+        return f": process {', '.join(map(str, missing))} does not answer"
     return ""
 
 if __name__ == "__main__":

@@ -520,33 +520,28 @@ def test_from_python(images, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no SIGHUP here")
 def test_a_closed_terminal_and_a_closed_pipe_save(images, tmp_path):
-    given = options(images, tmp_path / "hup", iters=10**6, save_every=10**6)
     command = [sys.executable, "-c", SMALL + "reddino.main()"]
-    run = subprocess.Popen(
-        [*command, *line(given)],
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
-    )
-    run.stdout.readline()
-    run.stdout.readline()
-    run.send_signal(signal.SIGHUP)
-    run.stdout.read()
-    assert run.wait(60) == 128 + signal.SIGHUP
+
+    def closed(given, handler):
+        """Exit code of a run whose terminal is closed while it trains."""
+        run = subprocess.Popen(
+            [*command, *line(given)],
+            env=ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, handler),
+        )
+        run.stdout.readline()
+        run.stdout.readline()
+        run.send_signal(signal.SIGHUP)
+        run.stdout.read()
+        return run.wait(60)
+
+    given = options(images, tmp_path / "hup", iters=10**6, save_every=10**6)
+    assert closed(given, signal.SIG_DFL) == 128 + signal.SIGHUP
     assert checkpoint(tmp_path / "hup")["step"] == len(losses(tmp_path / "hup")) > 0
 
     given = options(images, tmp_path / "nohup", iters=30)
-    run = subprocess.Popen(
-        [*command, *line(given)],
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
-    )
-    run.stdout.readline()
-    run.stdout.readline()
-    run.send_signal(signal.SIGHUP)
-    run.stdout.read()
-    assert run.wait(60) == 0 and len(losses(tmp_path / "nohup")) == 30
+    assert closed(given, signal.SIG_IGN) == 0 and len(losses(tmp_path / "nohup")) == 30
 
     given = options(images, tmp_path / "pipe", iters=10**6, save_every=10**6)
     run = subprocess.Popen(
