@@ -378,7 +378,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(images, whole, tmp_path, mon
     save, count = torch.save, iter(range(100))
 
     def full(state, file):
-        if next(count) == 1:
+        if next(count) >= 1:
             file.write(b"half of it")
             raise OSError(errno.ENOSPC, "No space left on device")
         save(state, file)
@@ -560,6 +560,26 @@ def test_a_closed_terminal_and_a_closed_pipe_save(images, tmp_path):
     assert checkpoint(tmp_path / "pipe")["step"] == len(losses(tmp_path / "pipe")) > 0
 
 
+def torchrun_says(monkeypatch, world):
+    told = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in {"WORLD_SIZE": world, **told}.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize("missing", ["RANK", "LOCAL_RANK", "MASTER_ADDR"])
+def test_what_torchrun_would_have_said_is_named(missing, images, tmp_path, monkeypatch, capsys):
+    torchrun_says(monkeypatch, "2")
+    monkeypatch.delenv(missing)
+    assert f"{missing} is not: start" in main(capsys, options(images, tmp_path))
+
+
+def test_no_compiler_is_said(images, tmp_path, monkeypatch, capsys):
+    from torch._inductor import config
+
+    monkeypatch.setattr(config.cpp, "cxx", (None, str(tmp_path / "g++")))
+    assert "or --no-compile" in main(capsys, options(images, tmp_path, compile=True))
+
+
 @pytest.mark.parametrize(
     "told, world, wanted", [("3", "1", 3), ("1", "1", 1), ("1", "2", 2), (None, "1", 2)]
 )
@@ -568,7 +588,7 @@ def test_threads_are_those_that_the_user_wants(told, world, wanted, monkeypatch)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     set_to = [int(told or 0)]
     monkeypatch.setattr(torch, "set_num_threads", set_to.append)
-    monkeypatch.setenv("WORLD_SIZE", world)
+    torchrun_says(monkeypatch, world)
     if told:
         monkeypatch.setenv("OMP_NUM_THREADS", told)
     else:
@@ -1037,6 +1057,6 @@ reddino.main(sys.argv[1:])
 
 
 def test_a_batch_that_the_processes_can_t_share(images, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    torchrun_says(monkeypatch, "3")
     monkeypatch.setattr(reddino, "start_processes", lambda *_: (0, 3))
     assert "3 processes" in main(capsys, options(images, tmp_path))
