@@ -12,7 +12,6 @@ F1 on unseen patients: always "normal" 0.28, colours 0.29, 16x16 pixels 0.41 (20
 """
 import argparse
 import csv
-import dataclasses
 import os
 from collections import namedtuple
 from math import cos, pi, sin, sqrt
@@ -390,7 +389,7 @@ def demo(cfg):
     """`python reddino.py` without --data: train on some smears, score the features on others, and
     those of an untrained network. cfg: a reddino.Config. Raises as train and evaluate do."""
     import reddino
-    from eval import evaluate
+    from eval import evaluate, knn_monitor
     from figures import demo_figures
 
     if os.environ.get("WORLD_SIZE", "1") != "1":
@@ -398,7 +397,8 @@ def demo(cfg):
     print(f"no --data: drawing blood smears in {cfg.out} to train on, and others to score on")
     seen = draw(Path(cfg.out, "seen"), 160, 2 * cfg.seed).with_name("smears")
     unseen = draw(Path(cfg.out, "unseen"), 60, 2 * cfg.seed + 1)
-    trained, crop = reddino.train(dataclasses.replace(cfg, data=[str(seen)])), cfg.tile_size[0]
+    cfg.data, crop = [str(seen)], cfg.tile_size[0]
+    trained = reddino.train(cfg, knn_monitor(cfg))
     weights = dict(pixels="pixels", colour="colour", untrained="random", trained=trained)
     evaluate(unseen, weights, ["knn", "linear"], crop, Path(cfg.out, "scores"), cfg.device)
     print("pictures:", *demo_figures(cfg.out, unseen, trained, crop, cfg.device))

@@ -1,6 +1,8 @@
 """smears.py: reproducible drawings, true labels, and classes that colour gives no hint of."""
 
 import csv
+import json
+import os
 import subprocess
 import sys
 from collections import Counter, defaultdict
@@ -13,6 +15,7 @@ from PIL import Image
 from sklearn.metrics import f1_score, roc_auc_score
 from sklearn.neighbors import KNeighborsClassifier
 
+import reddino
 import smears
 
 IMAGES = 50  # two to three patients of each source
@@ -395,3 +398,17 @@ def test_command_line_draws_and_draws_again_but_never_over_other_files(tmp_path)
     assert (out / "cells.csv").read_text() == before
     assert [path.name for path in other.iterdir()] == ["holiday.jpg"]
     assert not (tmp_path / "new").exists()
+
+
+def test_the_demo_from_end_to_end(tmp_path, monkeypatch, capsys):
+    draw = smears.draw
+    monkeypatch.setattr(smears, "draw", lambda out, images, seed: draw(out, images // 8, seed))
+    monkeypatch.setattr("eval.L2", (0.1,))  # the fastest probe
+    table = str(tmp_path / "unseen" / "cells.csv")
+    few = ["--iters", "3", "--batch-size", "4", "--prototypes", "16", "--workers", "0"]
+    reddino.main(["--out", str(tmp_path), "--eval-data", table, *few])
+    said, steps = capsys.readouterr().out, (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert "nano on" in said and "20-NN, one source left out" in said
+    assert 0 < json.loads(steps[2])["knn"] < 1 and "knn" not in steps[1]
+    pictures = said.splitlines()[-1].removeprefix("pictures: ").split()
+    assert len(pictures) == 3 and all(os.path.getsize(picture) for picture in pictures)
