@@ -402,7 +402,7 @@ def test_command_line_draws_and_draws_again_but_never_over_other_files(tmp_path)
 
 def test_the_demo_from_end_to_end(tmp_path, monkeypatch, capsys):
     draw = smears.draw
-    monkeypatch.setattr(smears, "draw", lambda out, images, seed: draw(out, images // 8, seed))
+    monkeypatch.setattr(smears, "draw", lambda out, images, seed: draw(out, images // 12, seed))
     monkeypatch.setattr("eval.L2", (0.1,))  # the fastest probe
     table = str(tmp_path / "unseen" / "cells.csv")
     few = ["--iters", "3", "--batch-size", "4", "--prototypes", "16", "--workers", "0"]
