@@ -89,12 +89,13 @@ def confusion_matrix(figure, row, classes):
 def maps(figure, label, x, cells, seed):
     """Up to 3,000 cells in 2D: PCA, which keeps distances; with scikit-learn t-SNE, which keeps
     neighbours; by class and, beside it, by source."""
-    some, by = np.random.default_rng(seed).permutation(len(x))[:3000], {}
-    ways, by["class"] = {"PCA": principal(x[some], 2)}, (cells.label, cells.classes)
+    some = np.random.default_rng(seed).permutation(len(x))[:3000]
+    ways, by = {"PCA": principal(x[some], 2)}, {"class": (cells.label, cells.classes)}
     if len(some) >= 50 and importlib.util.find_spec("sklearn"):
         from sklearn.manifold import TSNE
         ways["t-SNE"] = TSNE(random_state=seed).fit_transform(x[some])
-    by |= {"source": (cells.source, cells.sources)} if cells.sources else {}
+    if cells.sources:
+        by["source"] = cells.source, cells.sources
     figure.set_size_inches(8 * len(by), 6 * len(ways))
     grid = figure.subplots(len(ways), len(by), squeeze=False).flat
     for axes, (way, what) in zip(grid, itertools.product(ways, by)):
@@ -184,9 +185,8 @@ def neighbour_rows(figure, cells, crops, features, seed=0, k=8):
             names.append(f"{name}: {right.sum()} of {len(near)} {cells.classes[c]}")
     grid = tiles(figure, rows, frames=frames, size=0.8)
     for axes, name in zip(grid[:, -1], names):
-        axes.yaxis.set_label_position("right")
-        axes.set_ylabel(printable(name).replace(": ", ":\n", 1), rotation=0, ha="left", va="center",
-                        size=11)
+        name = printable(name).replace(": ", ":\n", 1)
+        axes.text(1.1, 0.5, name, va="center", size=11, transform=axes.transAxes)
     figure.suptitle(f"A cell drawn at random, and its nearest among other {cells.by}s' cells.\n"
                     "Frame: thick blue, of its class; dotted orange, of another", size=12)
 
@@ -235,9 +235,9 @@ def gallery(figure, tile, recipe="reddino", seed=0, window=None):
         level, width = window or (40, 400)
         return image if image.dtype == np.uint8 else augment.apply_window(image, level, width)
 
-    views = ("first global view", "second global view", "local view")
-    views = dict(zip(views, augment.MultiCrop(recipe, window=window).recipe))
-    groups = augment.GROUPS if recipe == "reddino" else views
+    groups, views = augment.GROUPS, ("first global view", "second global view", "local view")
+    if recipe != "reddino":
+        groups = dict(zip(views, augment.MultiCrop(recipe, window=window).recipe))
     rows, captions = [[shown(tile)] for _ in groups], [["before"] for _ in groups]
     for r, transforms in enumerate(groups.values()):
         before = tile
