@@ -1117,7 +1117,7 @@ def in_words(error):
     if isinstance(error, UserError | OSError):
         return text
     if "compiler" in text.lower():
-        return "torch.compile finds none for this machine: install one, as gcc, or --no-compile"
+        return "torch.compile finds no compiler here: install one, as gcc, or --no-compile"
     if dist.is_initialized() and re.search(r"(?i)\btime|connect|peer", text):
         return f"an exchange between processes failed{who_is_missing()}; start again"
     if isinstance(error, dist.DistError):  # a port in use
