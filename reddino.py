@@ -602,12 +602,17 @@ def train(cfg, monitor=None):
         run = set_up(cfg, at_end)
         try:
             train_steps(cfg, run, monitor)
-        except Exception:  # as the data end, nobody reads the log, a process or its memory is gone
-            if run.caught:  # others may have left before this one looked
+        except (UserError, BrokenPipeError, SystemExit):  # data end, nobody reads the log, a signal
+            save(run)
+            raise
+        except OSError:  # a full disk: the last checkpoint stands
+            raise
+        except Exception:  # a bug in a monitor or a transform, no memory, a process that is gone
+            with suppress(Exception):  # the first error is the one to be told
+                save(run)
+            if run.caught:  # others may have gone before this one looked
                 raise SystemExit(128 + run.caught[0]) from None
             raise
-        finally:
-            save(run)
         weights = run.out / "backbone.pth"
         if run.rank == 0:
             write_aside(weights, run.model.teacher["backbone"].state_dict())
@@ -650,9 +655,9 @@ def train_steps(cfg, run, monitor):
         # --- write down
         run.step += 1
         end = stop or run.bad_in_a_row == 3 or run.step == cfg.iters
-        keep = run.step % cfg.save_every == 0
+        keep = run.step % cfg.save_every == 0 or end
         try:
-            if monitor and (keep or end) and finite and not stop:
+            if monitor and keep and finite and not stop:
                 found = monitor(model.teacher["backbone"], run.device)
                 numbers |= {name: float(value) for name, value in found.items()}
         finally:
@@ -663,7 +668,7 @@ def train_steps(cfg, run, monitor):
         if stop:
             say(run, f"interrupted after step {run.step}; the same command goes on from there")
             raise SystemExit(128 + (run.caught or [signal.SIGTERM])[0])
-        if keep and not end:
+        if keep:
             save(run)
 
 # ----------------------------------------

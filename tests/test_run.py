@@ -378,7 +378,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(images, whole, tmp_path, mon
     save, count = torch.save, iter(range(100))
 
     def full(state, file):
-        if next(count) >= 1:
+        if next(count) == 1:
             file.write(b"half of it")
             raise OSError(errno.ENOSPC, "No space left on device")
         save(state, file)
@@ -1060,3 +1060,15 @@ def test_a_batch_that_the_processes_can_t_share(images, tmp_path, capsys, monkey
     torchrun_says(monkeypatch, "3")
     monkeypatch.setattr(reddino, "start_processes", lambda *_: (0, 3))
     assert "3 processes" in main(capsys, options(images, tmp_path))
+
+
+def test_the_first_error_is_told_where_saving_fails_too(images, tmp_path, monkeypatch):
+    def bug(backbone, device):
+        monkeypatch.setattr(reddino, "write_aside", full)
+        raise ZeroDivisionError("in the monitor")
+
+    def full(*_, **__):
+        raise OSError("is the disk full?")
+
+    with pytest.raises(ZeroDivisionError, match="in the monitor"):
+        reddino.train(reddino.configure(**options(images, tmp_path)), bug)
